@@ -1,0 +1,3 @@
+"""Attacks: model poisoning."""
+
+from fedllm_sec.attacks import byzantine as byzantine

@@ -1,0 +1,128 @@
+"""fedllm-sec: run, aggregate, list, report.
+
+Machine output goes to stdout, progress and prose to stderr. Exit codes: 0 fine, 2 bad input or usage.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+import fedllm_sec
+from fedllm_sec.updates.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+prose = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; an error that the user can mend is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        prose.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A configuration file, such as configs/exp09_pythia_pubmedqa.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, any field of the configuration.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+) -> None:
+    """Run an experiment: every arm, from the same seeds, and a report."""
+    from fedllm_sec.federation.command import run_command
+
+    run_command(config, overrides or [], resume=resume)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Where to; default: report/ in the first run.")] = None,
+) -> None:
+    """Draw a run's figures (PNG and SVG) and write one HTML page."""
+    from fedllm_sec.reports.page import report as write_report
+
+    print(write_report(runs, out))
+
+
+class ChainCommand(TyperCommand):
+    """A command in which each `-D key=value` belongs to the `--defense` before it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Fold `--defense krum -D f=1` into `--defense "krum f=1"`, which may also be written so."""
+        folded: list[str] = []
+        rest = iter(args)
+        for arg in rest:
+            if not arg.startswith("-D"):
+                folded.append(arg)
+            elif len(folded) < 2 or folded[-2] != "--defense":
+                raise InputError("-D key=value goes behind the --defense that it belongs to")
+            else:
+                folded[-1] += " " + (arg[2:] or next(rest, ""))
+        return super().parse_args(ctx, folded)
+
+
+@app.command(cls=ChainCommand)
+def aggregate(
+    clients: Annotated[list[Path], typer.Argument(help="PEFT adapter folders or .safetensors files, one a client.")],
+    reference: Annotated[Path, typer.Option("--global", help="The adapter that the clients started from.")],
+    out: Annotated[Path, typer.Option(help="Where the aggregated adapter goes; must not exist.")],
+    defense: Annotated[list[str] | None, typer.Option(help="A defense by name; repeat to chain.")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-D", help="key=value of the --defense before it.")] = None,
+    num_samples: Annotated[str | None, typer.Option(help="N,N,... or a JSON file; default: all alike.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    memory: Annotated[str, typer.Option(help="For the blocks, whatever the model's size.")] = "1GiB",
+    seed: Annotated[int, typer.Option(help="Of defenses that draw at random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the decision for machines.")] = False,
+) -> None:
+    """Aggregate clients' adapters under a chain of defenses into one adapter, streamed."""
+    from fedllm_sec.federation.offline import aggregate_adapters, decision_table, parse_chain, parse_counts
+
+    del parameter  # folded into `defense`
+    decision = aggregate_adapters(
+        clients,
+        reference,
+        out,
+        parse_chain(defense or []),
+        num_samples=parse_counts(num_samples),
+        device=device,
+        memory=memory,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(decision, indent=2))
+    else:
+        prose.print(decision_table(decision))
+        print(out)
+
+
+@app.command("list")
+def list_methods(
+    kind: Annotated[str, typer.Argument(help="attacks, defenses or tasks")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> None:
+    """List attacks, defenses or tasks, with parameters and papers."""
+    from fedllm_sec.registry import did_you_mean, signature_text
+    from fedllm_sec.tasks import task
+
+    registries: dict[str, Any] = {"attacks": fedllm_sec.attack, "defenses": fedllm_sec.defense, "tasks": task}
+    if kind not in registries:
+        raise InputError(f"nothing to list under {kind!r}{did_you_mean(kind, registries)}")
+    entries = list(registries[kind])
+    if as_json:
+        fields = [
+            {"name": e.name, "summary": e.summary, "parameters": signature_text(e), "paper": e.paper} for e in entries
+        ]
+        print(json.dumps(fields, indent=2))
+        return
+    table = Table("name", "what it does", "parameters", "paper")
+    for entry in entries:
+        table.add_row(entry.name, entry.summary, signature_text(entry), entry.paper)
+    Console().print(table)

@@ -1,0 +1,223 @@
+"""The schema of a configuration file: data only, builds nothing.
+
+A file is YAML: the fields below, and `scales`, a mapping from a scale's name to the fields that it changes. The order
+of precedence is file < scale < `key=value` on the command line. Every fault is reported at once, before any work.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedllm_sec.updates.errors import InputError
+
+Scale = Literal["auto", "paper", "local", "tiny"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+EMBEDDED = "embedded"  # the model or the data that the project makes itself
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(BaseModel):
+    """An attack, a defense or a task by its registry name; every other key is a parameter of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What is passed to the registered factory."""
+        return dict(self.model_extra or {})
+
+
+class LoraSettings(Strict):
+    """The adapter (Hu et al. 2021, arXiv:2106.09685)."""
+
+    r: Count = 8
+    alpha: Count = 16
+    dropout: Fraction = 0.05
+    target_modules: tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
+
+
+class ModelSettings(Strict):
+    """The base model: a hub id, a local folder, a GGUF file, or `embedded`."""
+
+    path: str = EMBEDDED
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
+    load_in_4bit: bool = False  # QLoRA (Dettmers et al. 2023, arXiv:2305.14314): bitsandbytes NF4
+    lora: LoraSettings = LoraSettings()
+
+
+class PartitionSettings(Strict):
+    """How the training data is split over the clients."""
+
+    kind: Literal["iid", "dirichlet", "quantity"] = "iid"  # dirichlet: over labels; quantity: over sizes
+    alpha: Positive = 0.5
+
+
+class DataSettings(Strict):
+    """Where rows come from: `hub/id:config`, a local .json, .jsonl(.gz) or .parquet file, or `embedded`."""
+
+    train: str = EMBEDDED
+    test: str | None = EMBEDDED  # None: a fifth of the training rows is held out
+    train_limit: Count | None = None
+    test_limit: Count | None = None
+    partition: PartitionSettings = PartitionSettings()
+
+
+class TrainingSettings(Strict):
+    """Local training of one client in one round, by `transformers.Trainer`."""
+
+    steps: Count | None = 200  # optimizer steps a round; None: `epochs` decide
+    epochs: Positive = 1.0
+    batch_size: Count = 8  # of one process
+    gradient_accumulation: Count = 1
+    learning_rate: Positive = 3e-4
+    schedule: Literal["linear", "constant", "cosine"] = "linear"  # over the whole run, not anew each round
+    warmup: Fraction = 0.05  # part of the whole run
+    weight_decay: NotNegative = 0.0
+    max_grad_norm: Positive = 1.0
+    gradient_checkpointing: bool = False
+    threads: Count = 1  # CPU threads of one process; results depend on it, not on the number of processes
+
+
+class FederationSettings(Strict):
+    """The rounds, and what the server does with the clients' updates."""
+
+    clients: Count = 7
+    rounds: Count = 5
+    weights: Literal["samples", "equal"] = "samples"  # of FedAvg
+    max_samples: Positive | None = None  # a larger claim counts as this much
+    on_refused: Literal["drop", "stop"] = "drop"  # a client whose update does not pass the gate
+    memory: str = "1GiB"  # for the blocks of the server's step
+    device: str = "cpu"
+
+
+class ArmSettings(Strict):
+    """One curve: who attacks how, and how the server defends."""
+
+    attack: Method | None = None
+    malicious: int | tuple[int, ...] = 1  # how many clients (drawn by seed), or which
+    redraw: bool = False  # draw the malicious clients anew each round
+    visible: Literal["own", "all"] = "own"  # the rows that the adversary sees
+    defenses: tuple[Method, ...] = ()
+
+
+class Config(Strict):
+    """A whole experiment."""
+
+    name: str
+    seed: int = 0
+    scale: Scale = "auto"
+    out: str | None = None  # default: runs/<name>-<scale>
+    task: Method = Method(name="pubmedqa")
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    federation: FederationSettings = FederationSettings()
+    eval_batch_size: Count = 16
+    arms: dict[str, ArmSettings]
+    trackers: tuple[str, ...] = ()  # Accelerate's: tensorboard, wandb, ...
+
+
+def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file and set `key.sub=value` on it; the values are YAML too.
+
+    Raises:
+        InputError: if the file is missing or no mapping, or an override is not of the form key=value.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML ({error})") from None
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: holds no mapping of fields")
+    return merged(tree, override_tree(overrides))
+
+
+def override_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["a.b=3"]` -> `{"a": {"b": 3}}`."""
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"cannot read {override!r}; overrides are written key=value, e.g. federation.rounds=3")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"cannot read the value of {override!r}: {error}") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merged(tree, value)
+    return tree
+
+
+def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`change` laid over `base`: mappings merge, everything else is replaced."""
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def resolve(path: Path, overrides: Sequence[str], scale: str) -> Config:
+    """The configuration at a given scale: file < scale < overrides.
+
+    Raises:
+        InputError: with every fault of the tree, each with its place and, for a misspelt field, the nearest one.
+    """
+    tree = read_tree(path)
+    scales = tree.pop("scales", {})
+    for name, change in scales.items():
+        validated(merged(tree, change), f"{path} (scales.{name})")
+    changes = override_tree(overrides)
+    return validated(merged(merged(merged(tree, scales.get(scale, {})), changes), {"scale": scale}), str(path))
+
+
+def validated(tree: Mapping[str, Any], origin: str) -> Config:
+    """Check a tree against the schema."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = [fault_text(fault) for fault in error.errors()]
+    raise InputError("\n".join(f"{origin}: {fault}" for fault in faults))
+
+
+def fault_text(fault: Any) -> str:
+    """One line for one fault, with the nearest known field where a field is unknown."""
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{place}: {fault['msg']} (got {fault['input']!r})"
+    known = fields_beside(fault["loc"])
+    near = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+    return f"{place}: unknown field" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+def fields_beside(location: Sequence[Any]) -> list[str]:
+    """The known fields of the model in which a location lies."""
+    model: Any = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        if field is None:  # a name in `arms`
+            continue
+        model = ArmSettings if part == "arms" else field.annotation
+    return sorted(model.model_fields)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, every field in full."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,159 @@
+"""What a round is, what an attack is, what a defense is, and how they meet (the papers' Algorithm 1).
+
+A method is a function that returns a record of functions, one for each stage of the papers; which fields it fills is
+what it does. There are no flags beside the record, so nothing can drift from it.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.updates.device import TILE
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import write_json
+from fedllm_sec.updates.layout import Span
+from fedllm_sec.updates.update_set import UpdateSet
+
+
+@dataclass(frozen=True)
+class Round:
+    """What the server knows while it aggregates.
+
+    Attributes:
+        index: the round's number, from 1.
+        dir: the round's folder; a defense keeps its memory and its decision in a folder of its own name there. None
+            where nothing is to be kept.
+        seed: the run's seed.
+        previous: the last round's folder, for defenses with a memory.
+    """
+
+    index: int = 1
+    dir: Path | None = None
+    seed: int = 0
+    previous: Path | None = None
+
+    def generator(self, *names: object) -> torch.Generator:
+        """A CPU generator of its own for every (run seed, round, names): named randomness, never a shared stream."""
+        return torch.Generator().manual_seed(self.seed_for(*names))
+
+    def seed_for(self, *names: object) -> int:
+        """The 63-bit seed behind `generator`, for libraries that want a number."""
+        return derived_seed(self.seed, self.index, *names)
+
+    def record(self, defense: str, decision: Mapping[str, Any]) -> None:
+        """Keep what a defense decided, as `<dir>/<defense>/decision.json`."""
+        if self.dir is not None:
+            (self.dir / defense).mkdir(parents=True, exist_ok=True)
+            write_json(self.dir / defense / "decision.json", decision)
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What the adversary holds and sees; no defense is ever given one.
+
+    Attributes:
+        round: when this is.
+        malicious: rows (indices into the round's clients) that the adversary owns.
+        visible: rows that it sees: its own, unless it was granted more.
+        reference: the global adapter that the clients received, one row.
+    """
+
+    round: Round
+    malicious: tuple[int, ...]
+    visible: tuple[int, ...]
+    reference: UpdateSet
+
+    @property
+    def own(self) -> list[int]:
+        """Where the adversary's rows lie among the visible ones."""
+        return [self.visible.index(i) for i in self.malicious]
+
+
+Stage = Callable[[UpdateSet, Round], UpdateSet]
+
+
+class Attack(NamedTuple):
+    """The papers' three families; None means that the attack does nothing there."""
+
+    poison_data: Callable[[Any, Threat], Any] | None = None  # a malicious client's data set -> what it trains on
+    reconstruct_data: Callable[[UpdateSet, Threat], Any] | None = None  # the visible rows -> what they reveal
+    poison_model: Callable[[UpdateSet, Threat], UpdateSet] | None = None  # the visible rows -> its own rows
+
+
+class Defense(NamedTuple):
+    """The papers' three stages; None means that the defense does nothing there."""
+
+    before: Stage | None = None  # n rows -> m rows
+    on: Stage | None = None  # m rows -> one row, instead of FedAvg
+    after: Stage | None = None  # one row -> one row
+
+
+def aggregate(updates: UpdateSet, round: Round, defenses: Sequence[Defense] = ()) -> UpdateSet:
+    """Algorithm 1 of FedSecurity (arXiv:2306.04959): defend before, on and after aggregation.
+
+    Args:
+        updates: (n, d), client minus global.
+        round: what the server knows.
+        defenses: their `before` stages chain, at most one has an `on`, their `after` stages chain.
+
+    Returns:
+        One row, the update of the global adapter; lazily: nothing of size d is computed before it is saved.
+
+    Raises:
+        InputError: if two defenses want to aggregate, or a defense cannot work with this many clients.
+    """
+    aggregators = [defense.on for defense in defenses if defense.on]
+    if len(aggregators) > 1:
+        raise InputError(f"{len(aggregators)} of the defenses aggregate; a chain can hold one such (and any others)")
+    for defense in defenses:
+        if defense.before:
+            updates = defense.before(updates, round)
+    result = aggregators[0](updates, round) if aggregators else updates.mean()
+    for defense in defenses:
+        if defense.after:
+            result = defense.after(result, round)
+    return result
+
+
+def poison(updates: UpdateSet, attack: Attack, threat: Threat) -> UpdateSet:
+    """The rows that the adversary submits in place of its own, with their names and counts.
+
+    It is shown the visible rows and nothing else, and what it gives back replaces its own rows and no others.
+    """
+    assert attack.poison_model is not None
+    poisoned = attack.poison_model(updates.rows(threat.visible), threat)
+    if len(poisoned) != len(threat.malicious):
+        raise ValueError(f"the attack gave {len(poisoned)} rows for {len(threat.malicious)} malicious clients")
+    own = updates.rows(threat.malicious)
+    return replace(poisoned, clients=own.clients, num_samples=own.num_samples)
+
+
+def derived_seed(*names: object) -> int:
+    """A 63-bit seed from a sequence of names; the same on every machine and in every process."""
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def tiled_noise(
+    span: Span, generator: Callable[[str, int], torch.Generator], draw: Callable[[int, torch.Generator], Tensor]
+) -> Tensor:
+    """Noise for the columns of a span that does not depend on how columns are cut into blocks.
+
+    Each tile of `TILE` elements of a tensor has a generator of its own; a span takes what it covers.
+
+    Args:
+        span: which columns.
+        generator: gives the generator of a (tensor, tile).
+        draw: gives that many values, 1-D, from a generator.
+
+    Returns:
+        (c,) values, in the dtype that `draw` gives.
+    """
+    first, last = span.start // TILE, (span.stop - 1) // TILE
+    tiles = [draw(TILE, generator(span.tensor, tile)) for tile in range(first, last + 1)]
+    return torch.cat(tiles)[span.start - first * TILE : span.stop - first * TILE]

@@ -1,0 +1,63 @@
+"""Evaluate a global adapter on the server's test set, all processes together."""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from fedllm_sec.federation.run_folder import load_adapter
+from fedllm_sec.federation.world import World
+from fedllm_sec.tasks.encoding import Encoded
+from fedllm_sec.tasks.evaluation import Score, batches_by_length, metrics, score
+from fedllm_sec.training.base_model import BaseModel
+from fedllm_sec.updates.sources import ADAPTER_FILE
+
+
+class Evaluator:
+    """Scores adapters on one test set; an adapter that was scored before costs nothing.
+
+    Args:
+        base: the shared model.
+        test: the encoded test set.
+        labels: the tokens of each label.
+        batch_size: texts in a forward pass.
+        threads: CPU threads, the same for every number of processes.
+        world: who shares the work; the batches are the same however many share it, and so are the results.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        test: Sequence[Encoded],
+        labels: Sequence[list[int]],
+        batch_size: int,
+        threads: int,
+        world: World,
+    ):
+        self.base, self.test, self.labels, self.threads, self.world = base, test, labels, threads, world
+        self.batches = batches_by_length(test, batch_size)
+        self.known: dict[str, dict[str, float]] = {}
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """The metrics of an adapter folder, the same on every process."""
+        digest = hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
+        if digest not in self.known:
+            self.known[digest] = self.evaluate(folder)
+        return dict(self.known[digest])
+
+    def evaluate(self, folder: Path) -> dict[str, float]:
+        """Score our share of the batches and put all shares together."""
+        torch.set_num_threads(self.threads)
+        self.base.load_adapter(load_adapter(folder))
+        self.base.model.eval()
+        shared = [
+            (i, s) for batch in self.world.share(self.batches) for i, s in zip(batch, self.score(batch), strict=True)
+        ]
+        everything = dict(chain.from_iterable(self.world.gather(shared)))
+        return metrics([Score(*everything[i]) for i in range(len(self.test))], self.test)
+
+    def score(self, batch: Sequence[int]) -> list[Score]:
+        """Score one batch of the test set."""
+        return score(self.base.model, [self.test[i] for i in batch], self.labels, self.base.tokenizer.pad_token_id)

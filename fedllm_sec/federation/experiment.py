@@ -1,0 +1,211 @@
+"""A whole experiment: the same model, data and seeds for every arm, and a report at the end."""
+
+import gc
+import logging
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+from fedllm_sec.config import Config, override_tree, read_tree, resolve, to_yaml
+from fedllm_sec.core import derived_seed
+from fedllm_sec.federation.evaluator import Evaluator
+from fedllm_sec.federation.loop import Arm, prepare_arm
+from fedllm_sec.federation.partition import partition
+from fedllm_sec.federation.progress import console
+from fedllm_sec.federation.run_folder import ArmFolder, claim
+from fedllm_sec.federation.scale import choose_scale
+from fedllm_sec.federation.server import build_methods
+from fedllm_sec.federation.trackers import track
+from fedllm_sec.federation.world import World
+from fedllm_sec.tasks.encoding import encode, shortened
+from fedllm_sec.tasks.task import Example, Task, task
+from fedllm_sec.training.base_model import BaseModel, load_base
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import write_json
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("fedllm-sec", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "deepspeed")
+HELD_OUT = 5  # where no test set is given, every fifth row of a shuffled training set
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the clients train on and what the server tests on."""
+
+    shards: list[list[Example]]
+    test: Sequence[Example]
+
+
+def load_config(path: Path, overrides: Sequence[str], world: World) -> Config:
+    """Read a configuration, choose its scale, and say which.
+
+    Raises:
+        InputError: for anything wrong with it.
+    """
+    tree = read_tree(path, overrides)
+    choice = choose_scale(str(tree.get("scale", "auto")), tree, override_tree(overrides))
+    config = resolve(path, overrides, choice.scale)
+    if world.is_main:
+        console.print(f"[bold]scale={choice.scale}[/bold]: {choice.reason}", highlight=False)
+    return config
+
+
+def run_experiment(config: Config, world: World, *, resume: bool = False) -> Path:
+    """Run every arm of an experiment and return its folder.
+
+    Args:
+        config: of the experiment, at a scale that was chosen.
+        world: the processes of this launch.
+        resume: go on with a run that was cut off; it ends with the bytes that it would have had.
+
+    Raises:
+        InputError: for anything that is wrong with the configuration or the data, before any training.
+    """
+    began = time.perf_counter()
+    methods = {name: build_methods(arm, config.federation) for name, arm in config.arms.items()}
+    work = task.build(config.task.name, config.task.parameters)
+    data = load_data(config, work)
+    folder = Path(config.out or f"runs/{config.name}-{config.scale}")
+    if world.is_main:
+        claim(folder, to_yaml(config), resume=resume)
+    world.wait()
+    base = load_base_once(config, world)
+    max_length = check_lengths(base, work, data, world)
+    evaluate = Evaluator(
+        base,
+        encode(data.test, base.tokenizer, max_length),
+        [base.tokenizer(label, add_special_tokens=False)["input_ids"] for label in work.labels],
+        config.eval_batch_size,
+        config.training.threads,
+        world,
+    )
+    if config.training.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fresh = base.adapter()
+    gc.freeze()  # `Trainer` collects garbage for every client: half a second each, were all that was loaded looked at
+    for name, arm in config.arms.items():
+        place = ArmFolder(folder / name)
+        if world.is_main:
+            base.load_adapter(fresh)
+            alone = config.model_copy(update={"arms": {name: arm}})
+            prepare_arm(place, to_yaml(alone), environment(base, world), base)
+        world.wait()
+        Arm(name, arm, methods[name], config, place, world, base, data.shards, max_length, evaluate).run()
+        if world.is_main and config.trackers:
+            track(config, name, place)
+    if world.is_main:
+        write_json(folder / "summary.json", summary(config, folder, time.perf_counter() - began))
+    world.wait()
+    return folder
+
+
+def load_data(config: Config, work: Task) -> Data:
+    """Read, limit and split the data."""
+    settings = config.data
+    train = list(work.read(settings.train, "train"))
+    if settings.test is None:
+        order = torch.randperm(len(train), generator=seeded(config.seed, "held out")).tolist()
+        test = [train[i] for i in order[::HELD_OUT]]
+        train = [train[i] for k, i in enumerate(order) if k % HELD_OUT]
+        logger.warning("no data.test given: %d of %d rows of data.train are held out", len(test), len(order))
+    else:
+        test = list(work.read(settings.test, "test"))
+    train, test = (
+        limited(rows, limit, config.seed)
+        for rows, limit in ((train, settings.train_limit), (test, settings.test_limit))
+    )
+    shares = partition([row.label for row in train], config.federation.clients, settings.partition, config.seed)
+    return Data([[train[i] for i in share] for share in shares], test)
+
+
+def limited(rows: list[Example], limit: int | None, seed: int) -> list[Example]:
+    """At most `limit` rows, drawn by the seed, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    kept = torch.randperm(len(rows), generator=seeded(seed, "limit"))[:limit].sort().values
+    return [rows[i] for i in kept.tolist()]
+
+
+def seeded(*names: object) -> torch.Generator:
+    """A generator of its own for a purpose."""
+    return torch.Generator().manual_seed(derived_seed(*names))
+
+
+def load_base_once(config: Config, world: World) -> BaseModel:
+    """Load the base; where something must be made first, the main process makes it while the others wait."""
+    if not world.is_main:
+        world.wait()
+        return load_base(config.model, config.seed)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training the embedded base model, once", total=None, visible=False)
+        base = load_base(
+            config.model,
+            config.seed,
+            lambda step, steps, loss: progress.update(bar, completed=step, total=steps, visible=True),
+        )
+    console.print(f"base model: {base.description}; adapter: {adapter_text(base)}", highlight=False)
+    world.wait()
+    return base
+
+
+def adapter_text(base: BaseModel) -> str:
+    """`LoRA r=8 on query_key_value, 24,576 weights`."""
+    lora = base.model.peft_config["default"]
+    modules = ", ".join(sorted(lora.target_modules))
+    weights = sum(parameter.numel() for parameter in base.adapter().values())
+    return f"LoRA r={lora.r} on {modules}, {weights:,} weights"
+
+
+def check_lengths(base: BaseModel, work: Task, data: Data, world: World) -> int:
+    """The longest text that is used, in tokens; say how many are longer, and have their passage cut."""
+    limit = min(work.max_length, base.context or work.max_length)
+    if limit < work.max_length and world.is_main:
+        logger.warning("task.max_length=%d, but the model reads %d tokens: using %d", work.max_length, limit, limit)
+    for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
+        report = shortened(encode(examples, base.tokenizer, limit), limit)
+        if world.is_main:
+            console.print(f"{name}: {report.texts} texts; {report}", highlight=False)
+    return limit
+
+
+def environment(base: BaseModel, world: World) -> dict[str, Any]:
+    """On what a run ran."""
+    versions: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "processes": world.size,
+        "sharded": world.sharded,
+        "base": base.description,
+        "packages": versions,
+    }
+
+
+def summary(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
+    """The last value of each metric, by arm."""
+    last = {name: ArmFolder(folder / name).metrics(config.federation.rounds) or {} for name in config.arms}
+    numbers = {arm: {k: v for k, v in row.items() if isinstance(v, int | float)} for arm, row in last.items()}
+    return {**numbers, "wall_seconds": round(seconds, 1)}
+
+
+def check_finished(folder: Path) -> None:
+    """Raise InputError unless a folder holds a run that came to its end."""
+    if not (folder / "summary.json").is_file():
+        raise InputError(f"{folder}: holds no finished run (no summary.json); finish it with --resume")

@@ -1,0 +1,79 @@
+"""Progress on the terminal: a bar for the rounds of an arm, and one for each client at work."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
+
+from fedllm_sec.federation.world import World
+
+console = Console(stderr=True)  # prose and progress; results go to stdout
+
+
+class RoundProgress:
+    """Bars on the main process, for all processes: the others tell it through the store how far their clients are.
+
+    Where stderr is no terminal, a line a round takes the bars' place.
+    """
+
+    def __init__(self, arm: str, rounds: int, done: int, world: World):
+        self.arm, self.world = arm, world
+        self.bars = Progress(
+            TextColumn("{task.description:>24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not world.is_main or not console.is_terminal,
+            transient=True,
+        )
+        self.rounds = self.bars.add_task(f"{arm}: rounds", total=rounds, completed=done, note="")
+        self.clients: dict[int, TaskID] = {}
+        self.key = ""
+
+    def __enter__(self) -> "RoundProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def begin_round(self, index: int, steps: Mapping[int, int]) -> None:
+        """Show a bar for each client; `steps` says how many each will do."""
+        for bar in self.clients.values():
+            self.bars.remove_task(bar)
+        self.key = f"{self.arm}/{index}"
+        self.clients = {
+            client: self.bars.add_task(f"round {index}, client_{client:02d}", total=total, note="")
+            for client, total in steps.items()
+        }
+
+    def client_step(self, client: int, step: int) -> None:
+        """Move a client's bar, and those of clients that other processes train."""
+        self.world.tell(f"{self.key}/{client}", step)
+        self.bars.update(self.clients[client], completed=step)
+        if self.world.is_main and not self.bars.disable:
+            for other, bar in self.clients.items():
+                told = self.world.ask(f"{self.key}/{other}")
+                if told is not None:
+                    self.bars.update(bar, completed=told)
+
+    def end_round(self, index: int, line: str) -> None:
+        """Move the bar of the rounds and print what the round gave."""
+        self.bars.update(self.rounds, completed=index)
+        if self.world.is_main:
+            self.bars.console.print(line, highlight=False)
+
+
+class StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells a progress how far a client's `Trainer` is."""
+
+    def __init__(self, progress: RoundProgress, client: int):
+        self.progress, self.client = progress, client
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the client's bar."""
+        self.progress.client_step(self.client, state.global_step)

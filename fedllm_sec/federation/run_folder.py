@@ -1,0 +1,110 @@
+"""The folder that a run leaves: names of its parts, what is whole, and what must go before a run is resumed."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import PARTIAL, atomic_folder, read_json, write_json, write_text
+from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
+from fedllm_sec.updates.update_set import UpdateSet
+
+
+@dataclass(frozen=True)
+class ArmFolder:
+    """The part of a run's folder that belongs to one arm."""
+
+    path: Path
+
+    def global_adapter(self, index: int) -> Path:
+        """The server's adapter after round `index`; 0 is what it began with."""
+        return self.path / f"global_{index:04d}"
+
+    def round(self, index: int) -> Path:
+        """Everything of round `index`."""
+        return self.path / f"round_{index:04d}"
+
+    def client(self, index: int, client: int) -> Path:
+        """What a client sent."""
+        return self.round(index) / client_name(client)
+
+    def poisoned(self, index: int, client: int) -> Path:
+        """What the server received in its place, where the adversary rewrote it."""
+        return self.round(index) / f"poisoned_{client:02d}"
+
+    def metrics(self, index: int) -> dict[str, Any] | None:
+        """The metrics of a whole round, or None: they are written last."""
+        path = self.round(index) / "metrics.json"
+        return read_json(path) if path.exists() else None
+
+    def clear_unfinished(self, index: int) -> None:
+        """Delete what is there of a round that is not whole."""
+        shutil.rmtree(self.round(index), ignore_errors=True)
+        shutil.rmtree(self.global_adapter(index), ignore_errors=True)
+        for partial in self.path.rglob(f"*{PARTIAL}"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+    def finish_round(self, index: int, metrics: Mapping[str, Any]) -> None:
+        """Write a round's metrics, and all rounds' anew, one line each."""
+        write_json(self.round(index) / "metrics.json", metrics)
+        lines = [self.round(i) / "metrics.json" for i in range(index + 1)]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(read_json(line)) + "\n" for line in lines))
+
+
+def client_name(client: int) -> str:
+    """`client_03`."""
+    return f"client_{client:02d}"
+
+
+def save_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, **files: Any) -> None:
+    """Write a PEFT adapter folder, whole or not at all; `files` are JSON files beside the adapter, by stem."""
+    with atomic_folder(folder) as partial:
+        save_file(dict(state), partial / ADAPTER_FILE, {"format": "pt"})
+        write_json(partial / ADAPTER_CONFIG, config)
+        for stem, content in files.items():
+            write_json(partial / f"{stem}.json", content)
+
+
+def save_updates(updates: UpdateSet, config: Path, folders: Sequence[Path]) -> None:
+    """Write each row as a PEFT adapter folder, with the adapter configuration of the folder `config`; one pass."""
+    with ExitStack() as stack:
+        fill_adapter_folder(updates, config, [stack.enter_context(atomic_folder(folder)) for folder in folders])
+
+
+def fill_adapter_folder(updates: UpdateSet, config: Path, folders: Sequence[Path]) -> None:
+    """Put the adapter files of `updates`, one row a folder, into folders that exist."""
+    updates.save([folder / ADAPTER_FILE for folder in folders])
+    if (config / ADAPTER_CONFIG).is_file():
+        for folder in folders:
+            shutil.copyfile(config / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+
+
+def load_adapter(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT adapter folder of ours."""
+    state: dict[str, Tensor] = load_file(folder / ADAPTER_FILE)
+    return state
+
+
+def claim(folder: Path, config: str, *, resume: bool) -> None:
+    """Make a run's folder ours, or go on in it; `config` is the text of the configuration that runs.
+
+    Raises:
+        InputError: if the folder holds a run already and `resume` is not set, or holds another run.
+    """
+    path = folder / "config.yaml"
+    if folder.exists() and any(folder.iterdir()):
+        if not path.is_file():
+            raise InputError(f"{folder}: is not empty and holds no run; choose another with out=FOLDER")
+        if not resume:
+            raise InputError(f"{folder}: holds a run already; go on with --resume, or choose another with out=FOLDER")
+        if path.read_text(encoding="utf-8") != config:
+            raise InputError(f"{folder}: holds a run of another configuration ({path}); choose another with out=FOLDER")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, config)

@@ -1,0 +1,72 @@
+"""Which scale of an experiment this machine can run, said out loud."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fedllm_sec.config import EMBEDDED
+from fedllm_sec.updates.errors import InputError
+
+PAPER_GPU_MEMORY = 12 * 2**30  # Pythia-1B in bfloat16 with activations of 8 x 1024 tokens
+
+
+class Choice(NamedTuple):
+    """A scale, and why."""
+
+    scale: str
+    reason: str
+
+
+def choose_scale(asked: str, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Choice:
+    """Take the scale that was asked for, or for `auto` the largest that can run here.
+
+    Args:
+        asked: `auto`, `paper`, `local` or `tiny`.
+        tree: the configuration file.
+        overrides: what the command line changes.
+
+    Raises:
+        InputError: if the scale that was asked for cannot run; nothing is ever substituted for it.
+    """
+    if asked == "tiny":
+        return Choice("tiny", "as asked")
+    if asked == "paper":
+        return Choice("paper", "as asked")
+    has_model = overrides.get("model", {}).get("path", EMBEDDED) != EMBEDDED
+    if asked == "local":
+        if not has_model:
+            raise InputError("scale=local needs model.path=FOLDER_OR_GGUF (and data.train=FILE, data.test=FILE)")
+        return Choice("local", "as asked")
+    if has_model:
+        return Choice("local", "model.path is given")
+    paper = tree.get("scales", {}).get("paper", {})
+    why_not = why_not_paper(paper.get("model", {}).get("path", ""), paper.get("data", {}))
+    if why_not is None:
+        return Choice("paper", "there is a GPU, and model and data can be had")
+    return Choice(
+        "tiny",
+        f"not paper ({why_not}); not local (no model.path=... given). A model of 2 M weights, trained here on texts "
+        "that the project makes, stands in: the curves show the mechanism, not Pythia's figures. For the real thing: "
+        "scale=paper on a machine with a GPU, or model.path=... data.train=... data.test=...",
+    )
+
+
+def why_not_paper(model: str, data: Mapping[str, Any]) -> str | None:
+    """What the paper's scale lacks on this machine, or None."""
+    if not torch.cuda.is_available():
+        return "no GPU"
+    memory = torch.cuda.get_device_properties(0).total_memory
+    if memory < PAPER_GPU_MEMORY:
+        return f"the GPU has {memory / 2**30:.0f} GiB, {PAPER_GPU_MEMORY / 2**30:.0f} GiB are needed"
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    names = {str(source).partition(":")[0] for key, source in data.items() if key in ("train", "test")}
+    try:
+        if not isinstance(try_to_load_from_cache(model, "config.json"), str):
+            HfApi().model_info(model, timeout=5)
+        for name in sorted(names):
+            HfApi().dataset_info(name, timeout=5)
+    except Exception as error:  # offline, blocked, unknown: the hub's client has many errors, all mean no
+        return f"{model} or {', '.join(sorted(names))} is out of reach: {type(error).__name__}"
+    return None

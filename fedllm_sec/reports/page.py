@@ -1,0 +1,98 @@
+"""One self-contained HTML page: table, figures, who was kept in each round, and the configuration."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from fedllm_sec.reports.figure import TITLES, draw
+from fedllm_sec.reports.read import Curve, Run, label, read_run
+from fedllm_sec.reports.table import rows
+from fedllm_sec.updates.files import write_text
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
+.figures svg { width: 100%; height: auto; }
+.kept { background: #d8f0e2; } .malicious { color: #b3261e; font-weight: 600; }
+td.client { text-align: center; }
+pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
+"""
+
+
+def report(folders: Sequence[Path], out: Path | None = None) -> Path:
+    """Write figures and page of one or more runs, and return the page.
+
+    Args:
+        folders: of the runs.
+        out: where to; by default `report/` in the first run's folder.
+
+    Raises:
+        InputError: if a folder holds no run.
+    """
+    runs = [read_run(folder) for folder in folders]
+    out = out or folders[0] / "report"
+    out.mkdir(parents=True, exist_ok=True)
+    measured = [metric for metric in TITLES if metric in runs[0].curves[0].last]
+    drawings = [draw(runs, metric, out)[1].read_text(encoding="utf-8") for metric in measured]
+    write_text(out / "index.html", page(runs, [svg[svg.index("<svg") :] for svg in drawings]))
+    return out / "index.html"
+
+
+def page(runs: Sequence[Run], drawings: Sequence[str]) -> str:
+    """The page's text."""
+    title = ", ".join(run.folder.name for run in runs)
+    parts = [
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{escape(title)}</h1>",
+        html_table(*rows(runs)),
+        f"<div class='figures'>{''.join(drawings)}</div>",
+    ]
+    for run in runs:
+        parts += [kept_table(curve, label(run, curve, len(runs) == 1)) for curve in run.curves]
+    parts += [f"<h2>Configuration of {escape(run.folder.name)}</h2><pre>{escape(run.config)}</pre>" for run in runs]
+    return "\n".join(parts) + "</html>\n"
+
+
+def html_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A plain table."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
+    return f"<table><tr>{top}</tr>{lines}</table>"
+
+
+def kept_table(curve: Curve, name: str) -> str:
+    """Who was kept in each round, and who was malicious; '' for an arm whose server keeps everybody."""
+    decided = [row for row in curve.rounds if any("kept" in decision for decision in row.get("decisions", {}).values())]
+    if not decided:
+        return ""
+    clients = list(decided[0]["num_samples"])
+    lines = "".join(round_line(row, clients) for row in decided)
+    head = "".join(f"<th>{escape(client)}</th>" for client in clients)
+    return (
+        f"<h2>Kept by the server: {escape(name)}</h2><p>Green: kept; the number is the defense's score; "
+        f"<span class='malicious'>red: malicious</span>, which no defense is told.</p>"
+        f"<table><tr><th>round</th>{head}</tr>{lines}</table>"
+    )
+
+
+def round_line(row: dict[str, object], clients: Sequence[str]) -> str:
+    """One round of the table of who was kept."""
+    decisions = row["decisions"]
+    assert isinstance(decisions, dict)
+    decision = next(d for d in decisions.values() if "kept" in d)
+    malicious, scores = row["malicious"], decision.get("scores", {})
+    assert isinstance(malicious, list)
+    cells = [
+        f"<td class='client {'kept' if client in decision['kept'] else ''} "
+        f"{'malicious' if client in malicious else ''}'>{score_text(scores.get(client))}</td>"
+        for client in clients
+    ]
+    return f"<tr><td>{row['round']}</td>{''.join(cells)}</tr>"
+
+
+def score_text(score: float | None) -> str:
+    """`12.3`; a client that was refused has none."""
+    return "refused" if score is None else f"{score:.3g}"

@@ -1,0 +1,106 @@
+"""Examples as tokens: prompt and response apart, so that the loss can be on the response alone."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.tasks.task import Example
+from fedllm_sec.updates.errors import InputError
+
+IGNORED = -100  # a label that carries no loss, by torch's convention
+
+
+class Encoded(NamedTuple):
+    """The tokens of one example.
+
+    Attributes:
+        prompt: what the model is given.
+        response: what it should say, with the end-of-text token.
+        label: index into the task's labels, or None.
+        cut: how many tokens of the passage had to go.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    label: int | None
+    cut: int
+
+
+class Shortened(NamedTuple):
+    """How many of some texts were longer than the model's context."""
+
+    texts: int
+    cut: int
+    limit: int
+
+    def __str__(self) -> str:
+        return f"{self.cut} of {self.texts} texts are longer than {self.limit} tokens: the end of their passage is cut"
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """Tokenise examples; a text longer than `max_length` loses the end of its passage, never its question or response.
+
+    Raises:
+        InputError: if an example does not fit even without its passage.
+    """
+    parts = [
+        tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        for texts in (
+            [example.head for example in examples],
+            [example.passage for example in examples],
+            [example.tail for example in examples],
+            [example.response for example in examples],
+        )
+    ]
+    start, end = first_tokens(tokenizer), [tokenizer.eos_token_id]
+    encoded = []
+    for example, head, passage, tail, response in zip(examples, *parts, strict=True):
+        room = max_length - len(start) - len(head) - len(tail) - len(response) - len(end)
+        if room < 0:
+            raise InputError(
+                f"the text with response {example.response[:60]!r}... needs {max_length - room} tokens even without "
+                f"its passage, but task.max_length is {max_length}"
+            )
+        prompt = start + head + passage[:room] + tail
+        encoded.append(Encoded(prompt, response + end, example.label, max(len(passage) - room, 0)))
+    return encoded
+
+
+def first_tokens(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, where the tokenizer puts one before every text."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
+
+
+def shortened(encoded: Sequence[Encoded], limit: int) -> Shortened:
+    """Count the texts that were cut."""
+    return Shortened(len(encoded), sum(item.cut > 0 for item in encoded), limit)
+
+
+def training_rows(encoded: Sequence[Encoded]) -> list[dict[str, list[int]]]:
+    """Rows for `transformers.Trainer`: the loss is on the response only."""
+    return [
+        {"input_ids": item.prompt + item.response, "labels": [IGNORED] * len(item.prompt) + item.response}
+        for item in encoded
+    ]
+
+
+class Collator:
+    """Pad rows on the right to the longest of the batch."""
+
+    def __init__(self, pad_token: int):
+        self.pad_token = pad_token
+
+    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each (batch, longest) int64."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        fills = {"input_ids": self.pad_token, "labels": IGNORED}
+        batch = {
+            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+            for key, fill in fills.items()
+        }
+        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+        batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
+        return batch

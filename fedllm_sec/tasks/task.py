@@ -1,0 +1,43 @@
+"""A task is text to learn from, and how to tell whether it was learned."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fedllm_sec.registry import Registry
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text: a prompt around a passage that may be shortened, and the response that is learned.
+
+    Attributes:
+        head: the prompt before the passage.
+        passage: what is cut from its end if the whole is longer than the model's context.
+        tail: the prompt after the passage.
+        response: what the loss is on; for a task with labels it begins with the label.
+        label: index into the task's labels, where the task has them.
+    """
+
+    head: str
+    passage: str
+    tail: str
+    response: str
+    label: int | None = None
+
+
+class Task(NamedTuple):
+    """A causal language model's task.
+
+    Attributes:
+        read: gives the examples of a source (a hub id, a file, or `embedded`) and a split (`train` or `test`).
+        labels: the texts whose likelihoods are compared to classify; none: the loss is the only metric.
+        max_length: in tokens; longer texts are cut, counted and reported.
+    """
+
+    read: Callable[[str, str], Sequence[Example]]
+    labels: tuple[str, ...]
+    max_length: int
+
+
+task: Registry[Task] = Registry("task")

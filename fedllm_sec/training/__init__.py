@@ -1,0 +1,1 @@
+"""Local training: the base model that all clients share, and one client's turn on it."""

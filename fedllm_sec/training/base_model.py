@@ -1,0 +1,179 @@
+"""The base model, loaded once for all clients, rounds and arms; only the adapter on it is swapped."""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.config import EMBEDDED, ModelSettings
+from fedllm_sec.core import derived_seed
+from fedllm_sec.training.cache import cached
+from fedllm_sec.updates.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+OnStep = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A causal language model with one LoRA adapter on it, and its tokenizer.
+
+    Attributes:
+        model: the `PeftModel`.
+        tokenizer: its tokenizer; it has a padding token.
+        parameters: the adapter's parameters by their names in an adapter file.
+        description: what was loaded, for people.
+    """
+
+    model: Any
+    tokenizer: Any
+    parameters: Mapping[str, torch.nn.Parameter]
+    description: str
+
+    @property
+    def context(self) -> int | None:
+        """How many tokens the model can read, where its configuration says so."""
+        length: int | None = getattr(self.model.config, "max_position_embeddings", None)
+        return length
+
+    def load_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Overwrite the adapter's values in place; keys and shapes must be exactly the adapter's."""
+        if state.keys() != self.parameters.keys():
+            raise InputError(f"not this model's adapter: {sorted(state.keys() ^ self.parameters.keys())[:3]} ...")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state[name])
+
+    def adapter(self) -> dict[str, Tensor]:
+        """A float32 copy of the adapter, on the CPU."""
+        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
+
+    def adapter_config(self) -> dict[str, Any]:
+        """PEFT's adapter configuration, with its sets in order, so that it has the same bytes in every process."""
+        config = self.model.peft_config["default"].to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+
+
+def load_base(settings: ModelSettings, seed: int, on_step: OnStep | None = None) -> BaseModel:
+    """Load the base and put a fresh adapter on it, whose initial values depend on `seed` alone.
+
+    Args:
+        settings: which model, in which precision, with which adapter.
+        seed: the run's seed.
+        on_step: told (step, steps, loss) while the embedded base is trained, which happens once on a machine.
+
+    Raises:
+        InputError: if the model cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    folder = local_form(settings, on_step)
+    dtype = load_dtype(settings)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.revision)
+        model = load_model(folder, settings, dtype)
+    except OSError as error:
+        raise InputError(f"model {settings.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"model {settings.path!r}: its tokenizer has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    adapted = with_adapter(model, settings, seed)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trained = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+    precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
+    return BaseModel(adapted, tokenizer, trained, f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})")
+
+
+def local_form(settings: ModelSettings, on_step: OnStep | None) -> str:
+    """A hub id or folder that `from_pretrained` reads: the embedded base is trained, a GGUF file is converted."""
+    if settings.path == EMBEDDED:
+        from fedllm_sec.training.tiny_base import build_tiny_base, tiny_base_fingerprint
+
+        return str(cached(f"tiny-base-{tiny_base_fingerprint()}", lambda to: build_tiny_base(to, on_step=on_step)))
+    path = Path(settings.path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model.path={settings.path}: no such file")
+        stamp = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
+        return str(cached(f"gguf-{path.stem}-{key}", lambda to: convert_gguf(path, to)))
+    return settings.path
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Save a GGUF model as bfloat16 safetensors: dequantising takes half a minute, and is needed once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise InputError("GGUF files need the package gguf: pip install 'fedllm-sec[gguf]'") from None
+    logger.warning("converting %s to safetensors, once; it is kept in the cache", file)
+    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):  # `save_pretrained` refuses a model that says it is GGUF
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
+
+
+def load_dtype(settings: ModelSettings) -> torch.dtype:
+    """The precision of the base; a CPU gets float32 whatever is asked, and says so."""
+    if torch.cuda.is_available():
+        return torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    if settings.dtype not in ("auto", "float32"):
+        logger.warning("model.dtype=%s on a CPU (%s): training in float32", settings.dtype, platform.processor())
+    return torch.float32
+
+
+def load_model(folder: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
+    """The base itself, frozen."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype, "revision": settings.revision}
+    if settings.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_storage=dtype,  # one dtype for all storage: what ZeRO-3 and FSDP can shard
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def with_adapter(model: Any, settings: ModelSettings, seed: int) -> Any:
+    """Put LoRA on a model; adapters stay in float32, for a bfloat16 copy would lose the update."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if settings.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    lora = settings.lora
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else None,
+    )
+    with torch.random.fork_rng():
+        torch.random.manual_seed(derived_seed(seed, "adapter"))
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise InputError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
+
+
+def peft_key(parameter: str) -> str:
+    """The name that PEFT gives a parameter in an adapter file."""
+    return parameter.replace(".default", "")

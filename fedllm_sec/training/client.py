@@ -1,0 +1,118 @@
+"""One client's turn: a stock `Trainer` on the shared base, from the received adapter to its own."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from fedllm_sec.config import TrainingSettings
+from fedllm_sec.tasks.encoding import Collator, Encoded, training_rows
+from fedllm_sec.training.base_model import BaseModel
+from fedllm_sec.training.schedule import factor
+
+
+class Turn(NamedTuple):
+    """What a client's training gave.
+
+    Attributes:
+        adapter: the trained adapter, float32, complete.
+        loss: mean training loss over the steps, nats per token.
+        steps: optimizer steps done.
+        seconds: the time of `Trainer.train` alone.
+    """
+
+    adapter: dict[str, Tensor]
+    loss: float
+    steps: int
+    seconds: float
+
+
+class ScheduledTrainer(Trainer):
+    """A `Trainer` whose learning rate follows a schedule over the whole run, of which this is one round."""
+
+    def __init__(self, settings: TrainingSettings, rounds_done: int, rounds: int, **options: Any):
+        self.plan = (settings, rounds_done, rounds)
+        super().__init__(**options)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Place this round's steps within the run."""
+        settings, done, rounds = self.plan
+        self.lr_scheduler: Any
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: factor(settings, (done + step / num_training_steps) / rounds),
+            )
+        return self.lr_scheduler
+
+
+def train_client(
+    base: BaseModel,
+    encoded: Sequence[Encoded],
+    received: Mapping[str, Tensor],
+    settings: TrainingSettings,
+    *,
+    seed: int,
+    rounds_done: int,
+    rounds: int,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Turn:
+    """Train one client from the adapter that it received; the optimizer starts afresh.
+
+    Args:
+        base: the shared model; its adapter is overwritten.
+        encoded: the client's texts.
+        received: the global adapter.
+        settings: how to train.
+        seed: of batches and dropout.
+        rounds_done: rounds before this one, for the learning rate's schedule.
+        rounds: rounds in all.
+        callbacks: told of the progress.
+    """
+    base.load_adapter(received)
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory(prefix="fedllm_sec_") as scratch:
+        trainer = ScheduledTrainer(
+            settings,
+            rounds_done,
+            rounds,
+            model=base.model,
+            args=training_arguments(settings, scratch, seed),
+            train_dataset=training_rows(encoded),
+            data_collator=Collator(base.tokenizer.pad_token_id),
+            callbacks=list(callbacks),
+        )
+        trainer.remove_callback(PrinterCallback)  # it prints a dictionary a client
+        began = time.perf_counter()
+        result = trainer.train()
+        seconds = time.perf_counter() - began
+    return Turn(base.adapter(), float(result.training_loss), int(result.global_step), seconds)
+
+
+def training_arguments(settings: TrainingSettings, scratch: str, seed: int) -> TrainingArguments:
+    """Our settings in `Trainer`'s words; nothing is logged, saved or reported by it."""
+    return TrainingArguments(
+        output_dir=scratch,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        optim="adamw_torch",
+        seed=seed % 2**32,
+        data_seed=seed % 2**32,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )

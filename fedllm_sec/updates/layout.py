@@ -1,0 +1,68 @@
+"""The columns of an update: named tensors laid side by side, and how they are cut into blocks."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """A run of columns within one tensor: its flat elements `start` to `stop`."""
+
+    tensor: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the tensors of an update, by name; a 0-d tensor is one column.
+
+    Two updates can be added, compared or averaged if and only if their layouts are equal.
+    """
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> "Layout":
+        """Build a layout, tensors in order of their names."""
+        return cls(tuple((name, tuple(shapes[name])) for name in sorted(shapes)))
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of each tensor, in order."""
+        return {name: prod(shape) for name, shape in self.shapes}
+
+    @property
+    def columns(self) -> int:
+        """The number of coordinates, d."""
+        return sum(self.sizes.values())
+
+    def spans(self, columns: int) -> Iterator[Span]:
+        """Cut every tensor into runs of at most `columns` elements."""
+        for name, size in self.sizes.items():
+            for start in range(0, size, columns):
+                yield Span(name, start, min(start + columns, size))
+
+    def difference(self, other: "Layout") -> str | None:
+        """Say in words where `other` departs from this layout, or None if it does not."""
+        ours, theirs = dict(self.shapes), dict(other.shapes)
+        if missing := sorted(ours.keys() - theirs.keys()):
+            return f"tensor {missing[0]!r} is missing" + and_more(missing)
+        if extra := sorted(theirs.keys() - ours.keys()):
+            return f"tensor {extra[0]!r} does not belong there" + and_more(extra)
+        for name, shape in ours.items():
+            if theirs[name] != shape:
+                return f"tensor {name!r} has shape {list(theirs[name])}, expected {list(shape)}{rank_note(name)}"
+        return None
+
+
+def and_more(names: list[str]) -> str:
+    """' (and 3 more)' for a list of four."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+def rank_note(name: str) -> str:
+    """A hint for the commonest cause of unlike shapes."""
+    return " (another LoRA rank?)" if "lora_" in name else ""

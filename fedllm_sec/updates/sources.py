@@ -1,0 +1,129 @@
+"""Where rows come from: safetensors files, read range by range, and state dicts in memory.
+
+Files are read with `readinto` at an offset and never mapped: mapped pages stay in the resident set while the file is
+open, so that seventy adapters would count whole. Nothing is ever unpickled.
+"""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.layout import Layout
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Source(Protocol):
+    """One row: the tensors of one client, readable by range."""
+
+    @property
+    def layout(self) -> Layout:
+        """Names and shapes of its tensors."""
+
+    @property
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The dtype in which each tensor is stored."""
+
+    def read(self, tensor: str, start: int, stop: int) -> Tensor:
+        """Return the flat elements `start` to `stop` of a tensor, in its stored dtype, on the CPU."""
+
+
+class Entry(NamedTuple):
+    """A tensor inside a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been checked; its data is read only when asked for.
+
+    Raises:
+        InputError: if the file is missing, truncated, malformed, or holds a tensor that is not floating point.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries = read_header(path)
+        self.layout = Layout.of({name: entry.shape for name, entry in self.entries.items()})
+        self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
+
+    def read(self, tensor: str, start: int, stop: int) -> Tensor:
+        """Return the flat elements `start` to `stop` of a tensor."""
+        entry = self.entries[tensor]
+        out = torch.empty(stop - start, dtype=entry.dtype)
+        view = memoryview(out.view(torch.uint8).numpy().data)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(entry.offset + start * entry.dtype.itemsize)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise InputError(f"{self.path}: ended inside tensor {tensor!r}; was it changed while being read?")
+                done += count
+        return out
+
+
+class StateDict:
+    """A row that is already in memory."""
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        for name, tensor in state.items():
+            if not tensor.is_floating_point():
+                raise InputError(f"tensor {name!r} is {tensor.dtype}: only floating-point tensors can be updates")
+        self.flat = {name: tensor.detach().reshape(-1).cpu() for name, tensor in state.items()}
+        self.layout = Layout.of({name: tuple(tensor.shape) for name, tensor in state.items()})
+        self.dtypes = {name: tensor.dtype for name, tensor in state.items()}
+
+    def read(self, tensor: str, start: int, stop: int) -> Tensor:
+        """Return the flat elements `start` to `stop` of a tensor."""
+        return self.flat[tensor][start:stop]
+
+
+def adapter_file(path: Path) -> Path:
+    """Return the safetensors file of a PEFT adapter folder, or the `.safetensors` file itself.
+
+    Raises:
+        InputError: if there is none; a pickled `adapter_model.bin` is named and not opened.
+    """
+    if path.is_dir():
+        if (path / ADAPTER_FILE).is_file():
+            return path / ADAPTER_FILE
+        if (path / "adapter_model.bin").exists():
+            raise InputError(f"{path}: has only a pickled adapter_model.bin, which is never opened; save safetensors")
+        raise InputError(f"{path}: has no {ADAPTER_FILE}")
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: is neither a PEFT adapter folder nor a .safetensors file")
+    return path
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Check a safetensors file (by its own library: sizes, overlaps, holes) and return where each tensor lies."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: is not a whole safetensors file ({error}); have the client send it again") from None
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in FLOATS:
+            raise InputError(f"{path}: tensor {name!r} is {entry['dtype']}; updates must be one of {list(FLOATS)}")
+    return {
+        name: Entry(FLOATS[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

@@ -1,0 +1,225 @@
+"""A round as one lazy matrix: n clients by d coordinates, of which only a block of columns is ever in memory.
+
+Everything done to a round is a map from such a matrix to such a matrix. `mix` works on rows, `map` on columns, and
+both are lazy: nothing is read until a Gram matrix, a block or a file is asked for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedllm_sec.updates.device import TILE, Budget
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.layout import Layout, Span
+from fedllm_sec.updates.sources import Source
+from fedllm_sec.updates.writer import write_rows
+
+Read = Callable[[Span, Sequence[int]], Tensor]
+Transform = Callable[[Tensor, Span], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class UpdateSet:
+    """n updates of one layout; immutable: each method returns another set.
+
+    Attributes:
+        layout: the d columns.
+        clients: who sent each row, n names.
+        num_samples: (n,) float64, the weights of FedAvg: *claims* of the clients.
+        read: gives a (k, c) block: the columns of a span, for k asked-for rows.
+        files: how many files one column is read from; it sets the size of a block.
+        dtype: of the blocks: float32, or float64 where a source is float64.
+        budget: memory for blocks, and the device that they live on.
+        derived_gram: how to find the Gram matrix without a pass, where there is a way.
+    """
+
+    layout: Layout
+    clients: tuple[str, ...]
+    num_samples: Tensor
+    read: Read
+    files: int
+    dtype: torch.dtype
+    budget: Budget
+    derived_gram: Callable[[], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.clients)
+
+    def blocks(self) -> Iterator[tuple[Span, Tensor]]:
+        """Yield every block of columns as (span, (n, c) tensor), once, in the layout's order."""
+        for span in self.layout.spans(self.budget.block_columns(self.files, self.dtype.itemsize)):
+            yield span, self.read(span, range(len(self)))
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """(n, n) float64 inner products of the rows, on the CPU: one streamed pass, or none after `mix`."""
+        return self.derived_gram() if self.derived_gram else gram_of_blocks(self)
+
+    def mix(
+        self, matrix: Tensor, clients: Sequence[str] | None = None, num_samples: Tensor | None = None
+    ) -> "UpdateSet":
+        """Rows become linear combinations of rows: `matrix` is (m, n); the Gram matrix becomes M G Mᵀ, without a pass.
+
+        A row of weight zero is never read. Scaling a row does not scale its sample count: where m = n names and
+        counts stay, otherwise they are those given (default: `mixed_i`, and equal counts).
+        """
+        matrix = matrix.to("cpu", torch.float64)
+        rows, same = matrix.shape[0], matrix.shape[0] == len(self)
+
+        def read(span: Span, index: Sequence[int]) -> Tensor:
+            wanted = matrix[list(index)]
+            needed = wanted.any(dim=0).nonzero().flatten().tolist()
+            block = self.read(span, needed)
+            return combine(wanted[:, needed].to(block.device), block)
+
+        names = tuple(clients) if clients else self.clients if same else tuple(f"mixed_{i}" for i in range(rows))
+        counts = num_samples if num_samples is not None else self.num_samples if same else torch.ones(rows)
+        return replace(
+            self,
+            clients=names,
+            num_samples=counts.double(),
+            read=read,
+            derived_gram=lambda: matrix @ self.gram @ matrix.T,
+        )
+
+    def rows(self, index: Sequence[int]) -> "UpdateSet":
+        """Keep the given rows, in the given order."""
+        index = list(index)
+        return replace(
+            self,
+            clients=tuple(self.clients[i] for i in index),
+            num_samples=self.num_samples[index],
+            read=lambda span, wanted: self.read(span, [index[i] for i in wanted]),
+            derived_gram=lambda: self.gram[index][:, index],
+        )
+
+    def mean(self) -> "UpdateSet":
+        """One row: the mean weighted by `num_samples` (FedAvg, McMahan et al. 2017, arXiv:1602.05629)."""
+        weights = self.num_samples / self.num_samples.sum()
+        return self.mix(weights[None], clients=["mean"], num_samples=self.num_samples.sum()[None])
+
+    def weighted_equally(self) -> "UpdateSet":
+        """The same rows, each counting as one sample."""
+        return replace(self, num_samples=torch.ones(len(self), dtype=torch.float64))
+
+    def map(
+        self, transform: Transform, clients: Sequence[str] | None = None, num_samples: Tensor | None = None
+    ) -> "UpdateSet":
+        """Apply `transform`, an (n, c) block and its span -> (m, c) block, to every block of columns.
+
+        Names and counts of the m rows are those given; by default m = n and they stay.
+        """
+        names = self.clients if clients is None else tuple(clients)
+        counts = self.num_samples if num_samples is None else num_samples.double()
+        if len(counts) != len(names):
+            raise ValueError(f"{len(names)} rows but {len(counts)} sample counts")
+
+        def read(span: Span, index: Sequence[int]) -> Tensor:
+            out = transform(self.read(span, range(len(self))), span)
+            if out.shape != (len(names), span.stop - span.start):
+                raise ValueError(f"transform gave {tuple(out.shape)}, not {(len(names), span.stop - span.start)}")
+            return out[list(index)]
+
+        return replace(self, clients=names, num_samples=counts, read=read, derived_gram=None)
+
+    def concat(self, other: "UpdateSet") -> "UpdateSet":
+        """The rows of both, ours first."""
+        check_same_layout(self, other)
+        ours = len(self)
+
+        def read(span: Span, index: Sequence[int]) -> Tensor:
+            first = [i for i in index if i < ours]
+            second = [i - ours for i in index if i >= ours]
+            both = torch.cat([self.read(span, first), other.read(span, second).to(self.dtype)])
+            place = {row: k for k, row in enumerate([*first, *(i + ours for i in second)])}
+            return both[[place[i] for i in index]]
+
+        return replace(
+            self,
+            clients=self.clients + other.clients,
+            num_samples=torch.cat([self.num_samples, other.num_samples]),
+            read=read,
+            files=self.files + other.files,
+            derived_gram=None,
+        )
+
+    def replace(self, index: Sequence[int], new: "UpdateSet") -> "UpdateSet":
+        """Put the rows of `new` at the places `index`; names and counts at those places stay ours."""
+        place = {row: len(self) + k for k, row in enumerate(index)}
+        if len(place) != len(new):
+            raise ValueError(f"{len(new)} rows for {len(place)} places")
+        swapped = self.concat(new).rows([place.get(i, i) for i in range(len(self))])
+        return replace(swapped, clients=self.clients, num_samples=self.num_samples)
+
+    def add(self, other: "UpdateSet") -> "UpdateSet":
+        """Add another set row by row, or its only row to all of ours."""
+        check_same_layout(self, other)
+        if len(other) not in (1, len(self)):
+            raise ValueError(f"cannot add {len(other)} rows to {len(self)}")
+
+        def read(span: Span, index: Sequence[int]) -> Tensor:
+            theirs = [0] * len(index) if len(other) == 1 else index
+            return self.read(span, index) + other.read(span, theirs).to(self.dtype)
+
+        return replace(self, read=read, files=self.files + other.files, derived_gram=None)
+
+    def save(self, paths: Sequence[Path], dtype: torch.dtype = torch.float32) -> None:
+        """Write each row to its own safetensors file in one pass, atomically, holding one block.
+
+        Raises:
+            InputError: if a value is not finite; then no file is left.
+        """
+        if len(paths) != len(self):
+            raise ValueError(f"{len(self)} rows but {len(paths)} paths")
+        write_rows(paths, self.layout, self.blocks(), dtype)
+
+
+def from_sources(
+    sources: Sequence[Source],
+    clients: Sequence[str],
+    num_samples: Tensor,
+    budget: Budget,
+    reference: Source | None = None,
+) -> UpdateSet:
+    """The matrix whose rows are `sources`, minus `reference` where one is given; layouts must be equal."""
+    stored = {dtype for source in sources for dtype in source.dtypes.values()}
+    dtype = torch.float64 if torch.float64 in stored else torch.float32
+
+    def read(span: Span, index: Sequence[int]) -> Tensor:
+        block = torch.empty((len(index), span.stop - span.start), dtype=dtype)
+        for row, i in enumerate(index):
+            block[row] = sources[i].read(*span)
+        if reference is not None:
+            block -= reference.read(*span).to(dtype)
+        return block.to(budget.device)
+
+    files = len(sources) + (reference is not None)
+    return UpdateSet(sources[0].layout, tuple(clients), num_samples.double(), read, files, dtype, budget)
+
+
+def combine(matrix: Tensor, block: Tensor) -> Tensor:
+    """`matrix @ block` with float64 sums, tile by tile, in the block's dtype."""
+    out = torch.empty((matrix.shape[0], block.shape[1]), dtype=block.dtype, device=block.device)
+    for start in range(0, block.shape[1], TILE):
+        out[:, start : start + TILE] = matrix @ block[:, start : start + TILE].double()
+    return out
+
+
+def gram_of_blocks(updates: UpdateSet) -> Tensor:
+    """One pass: float64 products and sums (long float32 sums stagnate on CPUs)."""
+    total = torch.zeros((len(updates), len(updates)), dtype=torch.float64, device=updates.budget.device)
+    for _, block in updates.blocks():
+        for start in range(0, block.shape[1], TILE):
+            tile = block[:, start : start + TILE].double()
+            total += tile @ tile.T
+    return ((total + total.T) / 2).cpu()
+
+
+def check_same_layout(one: UpdateSet, other: UpdateSet) -> None:
+    """Raise InputError if two sets cannot be combined."""
+    if difference := one.layout.difference(other.layout):
+        raise InputError(f"these updates do not fit together: {difference}")
