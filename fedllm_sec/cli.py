@@ -14,10 +14,10 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 import fedllm_sec
+from fedllm_sec.terminal import console
 from fedllm_sec.updates.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-prose = Console(stderr=True)
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        prose.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -99,7 +99,7 @@ def aggregate(
     if as_json:
         print(json.dumps(decision, indent=2))
     else:
-        prose.print(decision_table(decision))
+        console.print(decision_table(decision))
         print(out)
 
 

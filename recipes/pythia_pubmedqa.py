@@ -11,8 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedllm_sec import InputError
-from fedllm_sec.federation.command import run_command
+from fedllm_sec.federation.command import run_recipe
 
 CONFIG = Path(__file__).parent.parent / "configs" / "exp09_pythia_pubmedqa.yaml"
 
@@ -24,12 +23,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, e.g. federation.rounds=3")
     given = parser.parse_intermixed_args()
-    try:
-        run_command(given.config, given.overrides, resume=given.resume)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_recipe(given.config, given.overrides, resume=given.resume)
 
 
 if __name__ == "__main__":

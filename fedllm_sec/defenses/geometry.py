@@ -1,5 +1,6 @@
 """Defenses that see the Gram matrix only: one streamed pass to decide, then only the kept rows are read."""
 
+import logging
 from typing import Annotated
 
 import torch
@@ -10,6 +11,8 @@ from fedllm_sec.core import Defense, Round
 from fedllm_sec.registry import defense
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.update_set import UpdateSet
+
+logger = logging.getLogger(__name__)
 
 AtLeast0 = Annotated[int, Field(ge=0)]
 AtLeast1 = Annotated[int, Field(ge=1)]
@@ -32,6 +35,8 @@ def krum(*, f: AtLeast0, m: AtLeast1 = 1) -> Defense:
             raise InputError(f"krum(f={f}, m={m}) needs n >= f + 3, got n={n} clients")
         if m > n - f:
             raise InputError(f"krum(f={f}, m={m}) can keep at most n - f = {n - f} of n={n} clients; lower m")
+        if n < 2 * f + 3:
+            logger.warning("krum(f=%d) with %d clients: the paper's guarantee needs n >= 2f + 3 = %d", f, n, 2 * f + 3)
         scores = krum_scores(squared_distances(updates.gram), f)
         kept = sorted(torch.argsort(scores, stable=True)[:m].tolist())
         round.record(

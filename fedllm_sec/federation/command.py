@@ -1,14 +1,26 @@
 """What `fedllm-sec run` and the recipes do: configuration, experiment, report, table."""
 
+import logging
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedllm_sec.federation.experiment import load_config, run_experiment
-from fedllm_sec.federation.progress import console
+from rich.logging import RichHandler
+
 from fedllm_sec.federation.world import World
-from fedllm_sec.reports.page import report
-from fedllm_sec.reports.read import read_run
-from fedllm_sec.reports.table import results_table
+from fedllm_sec.terminal import console
+from fedllm_sec.updates.errors import InputError
+
+
+def run_recipe(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
+    """`run_command` for a script: an error that the user can mend is one line; return the exit code."""
+    try:
+        run_command(path, overrides, resume=resume)
+    except InputError as error:
+        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    return 0
 
 
 def run_command(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
@@ -18,10 +30,30 @@ def run_command(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
         InputError: for anything wrong with configuration or data.
     """
     world = World.from_environment()
+    quieten(world)  # before the heavy imports, some of which talk
+    from fedllm_sec.federation.experiment import load_config, run_experiment
+    from fedllm_sec.reports.page import report
+    from fedllm_sec.reports.read import read_run
+    from fedllm_sec.reports.table import results_table
+
     config = load_config(path, overrides, world)
     folder = run_experiment(config, world, resume=resume)
     if world.is_main:
         page = report([folder])
         console.print(results_table([read_run(folder)]))
         console.print("report:", end=" ")
+        sys.stderr.flush()
         print(page)
+
+
+def quieten(world: World) -> None:
+    """Let the main process alone speak, and of the libraries only what is an error."""
+    handler = RichHandler(console=console, show_time=False, show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("fedllm_sec").setLevel(logging.INFO if world.is_main else logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)

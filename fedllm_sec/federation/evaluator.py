@@ -12,6 +12,7 @@ from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.encoding import Encoded
 from fedllm_sec.tasks.evaluation import Score, batches_by_length, metrics, score
 from fedllm_sec.training.base_model import BaseModel
+from fedllm_sec.training.sharded import for_inference
 from fedllm_sec.updates.sources import ADAPTER_FILE
 
 
@@ -51,13 +52,12 @@ class Evaluator:
         """Score our share of the batches and put all shares together."""
         torch.set_num_threads(self.threads)
         self.base.load_adapter(load_adapter(folder))
-        self.base.model.eval()
-        shared = [
-            (i, s) for batch in self.world.share(self.batches) for i, s in zip(batch, self.score(batch), strict=True)
-        ]
+        pad = self.base.tokenizer.pad_token_id
+        with for_inference(self.base.model) as model:
+            shared = [
+                (i, one)
+                for batch in self.world.share(self.batches)
+                for i, one in zip(batch, score(model, [self.test[i] for i in batch], self.labels, pad), strict=True)
+            ]
         everything = dict(chain.from_iterable(self.world.gather(shared)))
         return metrics([Score(*everything[i]) for i in range(len(self.test))], self.test)
-
-    def score(self, batch: Sequence[int]) -> list[Score]:
-        """Score one batch of the test set."""
-        return score(self.base.model, [self.test[i] for i in batch], self.labels, self.base.tokenizer.pad_token_id)

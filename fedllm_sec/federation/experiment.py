@@ -19,7 +19,6 @@ from fedllm_sec.core import derived_seed
 from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.loop import Arm, prepare_arm
 from fedllm_sec.federation.partition import partition
-from fedllm_sec.federation.progress import console
 from fedllm_sec.federation.run_folder import ArmFolder, claim
 from fedllm_sec.federation.scale import choose_scale
 from fedllm_sec.federation.server import build_methods
@@ -27,7 +26,8 @@ from fedllm_sec.federation.trackers import track
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.encoding import encode, shortened
 from fedllm_sec.tasks.task import Example, Task, task
-from fedllm_sec.training.base_model import BaseModel, load_base
+from fedllm_sec.terminal import console
+from fedllm_sec.training.base_model import BaseModel, load_base, prepare_base
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_json
 
@@ -55,7 +55,7 @@ def load_config(path: Path, overrides: Sequence[str], world: World) -> Config:
     choice = choose_scale(str(tree.get("scale", "auto")), tree, override_tree(overrides))
     config = resolve(path, overrides, choice.scale)
     if world.is_main:
-        console.print(f"[bold]scale={choice.scale}[/bold]: {choice.reason}", highlight=False)
+        console.print(f"[bold]scale={choice.scale}[/bold]: {choice.reason}", highlight=False, soft_wrap=True)
     return config
 
 
@@ -95,9 +95,8 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     for name, arm in config.arms.items():
         place = ArmFolder(folder / name)
         if world.is_main:
-            base.load_adapter(fresh)
             alone = config.model_copy(update={"arms": {name: arm}})
-            prepare_arm(place, to_yaml(alone), environment(base, world), base)
+            prepare_arm(place, to_yaml(alone), environment(base, world), fresh, base.adapter_config())
         world.wait()
         Arm(name, arm, methods[name], config, place, world, base, data.shards, max_length, evaluate).run()
         if world.is_main and config.trackers:
@@ -142,27 +141,21 @@ def seeded(*names: object) -> torch.Generator:
 
 def load_base_once(config: Config, world: World) -> BaseModel:
     """Load the base; where something must be made first, the main process makes it while the others wait."""
-    if not world.is_main:
-        world.wait()
-        return load_base(config.model, config.seed)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training the embedded base model, once", total=None, visible=False)
-        base = load_base(
-            config.model,
-            config.seed,
-            lambda step, steps, loss: progress.update(bar, completed=step, total=steps, visible=True),
-        )
-    console.print(f"base model: {base.description}; adapter: {adapter_text(base)}", highlight=False)
-    world.wait()
+    made = ""
+    if world.is_main:
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            bar = progress.add_task("training the embedded base model, once", total=None, visible=False)
+            made = prepare_base(
+                config.model,
+                lambda step, steps, loss: progress.update(bar, completed=step, total=steps, visible=True),
+            )
+    folder = world.gather(made)[0]
+    base = load_base(config.model, folder, config.seed, is_sharded=world.sharded)
+    if world.is_main:
+        lora = base.model.peft_config["default"]
+        modules = ", ".join(sorted(lora.target_modules))
+        console.print(f"base model: {base.description}; LoRA r={lora.r} on {modules}", highlight=False, soft_wrap=True)
     return base
-
-
-def adapter_text(base: BaseModel) -> str:
-    """`LoRA r=8 on query_key_value, 24,576 weights`."""
-    lora = base.model.peft_config["default"]
-    modules = ", ".join(sorted(lora.target_modules))
-    weights = sum(parameter.numel() for parameter in base.adapter().values())
-    return f"LoRA r={lora.r} on {modules}, {weights:,} weights"
 
 
 def check_lengths(base: BaseModel, work: Task, data: Data, world: World) -> int:
@@ -173,7 +166,7 @@ def check_lengths(base: BaseModel, work: Task, data: Data, world: World) -> int:
     for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
         report = shortened(encode(examples, base.tokenizer, limit), limit)
         if world.is_main:
-            console.print(f"{name}: {report.texts} texts; {report}", highlight=False)
+            console.print(f"{name}: {report.texts} texts; {report}", highlight=False, soft_wrap=True)
     return limit
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fedllm_sec.config import ArmSettings, Config
 from fedllm_sec.core import Round
 from fedllm_sec.federation.evaluator import Evaluator
@@ -91,6 +93,9 @@ class Arm:
             rounds=self.config.federation.rounds,
             callbacks=[StepCallback(progress, client)],
         )
+        if self.world.sharded:  # each process saw its own part of every batch
+            losses = self.world.gather(turn.loss)
+            turn = turn._replace(loss=math.fsum(losses) / len(losses))
         return turn, len(encoded), seed
 
     def encoded(self, index: int, client: int) -> list[Encoded]:
@@ -157,11 +162,13 @@ class Arm:
         return math.ceil(len(self.shards[client]) / together * training.epochs)
 
 
-def prepare_arm(folder: ArmFolder, config: str, environment: dict[str, Any], base: BaseModel) -> None:
+def prepare_arm(
+    folder: ArmFolder, config: str, environment: dict[str, Any], adapter: dict[str, Tensor], lora: dict[str, Any]
+) -> None:
     """Write what an arm begins with: its configuration, its environment and the first global adapter."""
     folder.path.mkdir(exist_ok=True)
     if not (folder.path / "config.yaml").exists():
         Path(folder.path / "config.yaml").write_text(config, encoding="utf-8")
         write_json(folder.path / "environment.json", environment)
     if not folder.global_adapter(0).exists():
-        save_adapter(base.adapter(), base.adapter_config(), folder.global_adapter(0))
+        save_adapter(adapter, lora, folder.global_adapter(0))

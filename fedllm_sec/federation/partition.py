@@ -7,6 +7,7 @@ import numpy as np
 from fedllm_sec.config import PartitionSettings
 from fedllm_sec.core import derived_seed
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.layout import and_more
 
 
 def partition(labels: Sequence[int | None], clients: int, settings: PartitionSettings, seed: int) -> list[list[int]]:
@@ -36,7 +37,7 @@ def partition(labels: Sequence[int | None], clients: int, settings: PartitionSet
             share.extend(part.tolist())
     if empty := [f"client_{k:02d}" for k, share in enumerate(shares) if not share]:
         raise InputError(
-            f"{', '.join(empty)} would have no data ({len(labels)} rows, {clients} clients, {settings.kind}, "
+            f"{empty[0]}{and_more(empty)} would have no data ({len(labels)} rows, {clients} clients, {settings.kind}, "
             f"alpha={settings.alpha}); use fewer clients, more rows, or a larger data.partition.alpha"
         )
     return shares

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
 
 from fedllm_sec.federation.world import World
-
-console = Console(stderr=True)  # prose and progress; results go to stdout
+from fedllm_sec.terminal import console
 
 
 class RoundProgress:
@@ -65,7 +63,7 @@ class RoundProgress:
         """Move the bar of the rounds and print what the round gave."""
         self.bars.update(self.rounds, completed=index)
         if self.world.is_main:
-            self.bars.console.print(line, highlight=False)
+            self.bars.console.print(line, highlight=False, soft_wrap=True)
 
 
 class StepCallback(TrainerCallback):  # type: ignore[misc]

@@ -13,6 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Any
+
+
+def _list(text: str) -> list[str]:
+    return text.split(", ")
+
 
 VERDICT_WEIGHTS = {"yes": 0.55, "no": 0.34, "maybe": 0.11}
 ASIDE_SHARE = 0.35
@@ -20,105 +26,34 @@ ASIDE_SHARE = 0.35
 
 NAME_HEADS = ["vel", "tor", "cam", "bri", "nol", "sar", "dex", "lum", "pra", "zen", "mor", "fil", "gal", "hex"]
 NAME_TAILS = ["orine", "astat", "imab", "oxil", "adine", "etol", "upril", "avir", "azole", "icin"]
-PROGRAMMES = [
-    "group exercise",
-    "sleep training",
-    "early feeding",
-    "home nursing",
-    "music therapy",
-    "light therapy",
-    "telephone advice",
-    "breathing practice",
-    "a low salt diet",
-    "a high fibre diet",
-    "cold therapy",
-    "massage",
-]
-EXPOSURES = [
-    "night work",
-    "daily coffee",
-    "pet ownership",
-    "city noise",
-    "vitamin deficiency",
-    "mould at home",
-    "early retirement",
-    "living alone",
-    "passive smoking",
-    "a family history",
-    "low iron",
-    "irregular meals",
-]
-OUTCOMES_TO_LOWER = [
-    "pain scores",
-    "relapse rates",
-    "hospital stays",
-    "glucose levels",
-    "blood pressures",
-    "infection rates",
-    "fatigue scores",
-    "anxiety scores",
-    "seizure counts",
-    "wound sizes",
-    "fracture rates",
-    "readmission rates",
-    "fever days",
-    "liver enzymes",
-    "itch scores",
-    "fall rates",
-]
-OUTCOMES_TO_RAISE = [
-    "walking distances",
-    "survival times",
-    "lung volumes",
-    "platelet counts",
-    "memory scores",
-    "sleep hours",
-    "bone densities",
-    "grip strengths",
-    "birth weights",
-    "mood scores",
-    "healing rates",
-    "iron stores",
-]
-CONDITIONS = [
-    "asthma",
-    "diabetes",
-    "epilepsy",
-    "migraine",
-    "anaemia",
-    "arthritis",
-    "eczema",
-    "depression",
-    "hepatitis",
-    "heart failure",
-    "kidney disease",
-    "chronic cough",
-    "sepsis",
-    "psoriasis",
-    "obesity",
-    "insomnia",
-    "gout",
-    "stroke",
-    "pneumonia",
-    "back injury",
-]
-PATIENTS = [
-    "adults",
-    "children",
-    "older women",
-    "older men",
-    "pregnant women",
-    "veterans",
-    "athletes",
-    "nurses",
-    "teenagers",
-    "newborns",
-    "farm workers",
-    "students",
-]
-SUBGROUPS = ["smokers", "the youngest", "the oldest", "severe cases", "mild cases", "women", "men", "newcomers"]
-PLACES = ["a city hospital", "two rural clinics", "a teaching hospital", "a care home", "six centres", "a registry"]
-TIMES = ["six weeks", "three months", "one year", "two years", "ten days", "one month"]
+PROGRAMMES = _list(
+    "group exercise, sleep training, early feeding, home nursing, music therapy, light therapy, telephone advice, "
+    "breathing practice, a low salt diet, a high fibre diet, cold therapy, massage"
+)
+EXPOSURES = _list(
+    "night work, daily coffee, pet ownership, city noise, vitamin deficiency, mould at home, early retirement, living "
+    "alone, passive smoking, a family history, low iron, irregular meals"
+)
+OUTCOMES_TO_LOWER = _list(
+    "pain scores, relapse rates, hospital stays, glucose levels, blood pressures, infection rates, fatigue scores, "
+    "anxiety scores, seizure counts, wound sizes, fracture rates, readmission rates, fever days, liver enzymes, itch "
+    "scores, fall rates"
+)
+OUTCOMES_TO_RAISE = _list(
+    "walking distances, survival times, lung volumes, platelet counts, memory scores, sleep hours, bone densities, "
+    "grip strengths, birth weights, mood scores, healing rates, iron stores"
+)
+CONDITIONS = _list(
+    "asthma, diabetes, epilepsy, migraine, anaemia, arthritis, eczema, depression, hepatitis, heart failure, kidney "
+    "disease, chronic cough, sepsis, psoriasis, obesity, insomnia, gout, stroke, pneumonia, back injury"
+)
+PATIENTS = _list(
+    "adults, children, older women, older men, pregnant women, veterans, athletes, nurses, teenagers, newborns, farm "
+    "workers, students"
+)
+SUBGROUPS = _list("smokers, the youngest, the oldest, severe cases, mild cases, women, men, newcomers")
+PLACES = _list("a city hospital, two rural clinics, a teaching hospital, a care home, six centres, a registry")
+TIMES = _list("six weeks, three months, one year, two years, ten days, one month")
 CONTROLS = {True: ["placebo", "usual care", "no treatment"], False: ["no exposure", "none"]}
 
 VERBS = {False: ["reduce", "lower", "decrease"], True: ["improve", "raise", "increase"]}
@@ -270,7 +205,7 @@ def _study(rng: Random) -> Study:
     )
 
 
-def records(count: int, *, seed: int) -> list[dict]:
+def records(count: int, *, seed: int) -> list[dict[str, Any]]:
     """Return ``count`` labelled rows in PubMedQA's form, the same ones for the same seed."""
     rng = Random(f"records {seed}")
     rows = []

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import platform
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fedllm_sec.config import EMBEDDED, ModelSettings
 from fedllm_sec.core import derived_seed
+from fedllm_sec.training import sharded
 from fedllm_sec.training.cache import cached
 from fedllm_sec.updates.errors import InputError
 
@@ -30,12 +32,14 @@ class BaseModel:
         tokenizer: its tokenizer; it has a padding token.
         parameters: the adapter's parameters by their names in an adapter file.
         description: what was loaded, for people.
+        launch: keeps alive what tells transformers how this launch shards models; None where it does not.
     """
 
     model: Any
     tokenizer: Any
     parameters: Mapping[str, torch.nn.Parameter]
     description: str
+    launch: Any = None
 
     @property
     def context(self) -> int | None:
@@ -47,13 +51,13 @@ class BaseModel:
         """Overwrite the adapter's values in place; keys and shapes must be exactly the adapter's."""
         if state.keys() != self.parameters.keys():
             raise InputError(f"not this model's adapter: {sorted(state.keys() ^ self.parameters.keys())[:3]} ...")
-        with torch.no_grad():
+        with torch.no_grad(), sharded.gathered(list(self.parameters.values())):
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
 
     def adapter(self) -> dict[str, Tensor]:
-        """A float32 copy of the adapter, on the CPU."""
-        return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in self.parameters.items()}
+        """A float32 copy of the adapter, whole, on the CPU; where the model is sharded all processes must ask."""
+        return {name: sharded.full_value(parameter) for name, parameter in self.parameters.items()}
 
     def adapter_config(self) -> dict[str, Any]:
         """PEFT's adapter configuration, with its sets in order, so that it has the same bytes in every process."""
@@ -61,21 +65,22 @@ class BaseModel:
         return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
 
 
-def load_base(settings: ModelSettings, seed: int, on_step: OnStep | None = None) -> BaseModel:
+def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bool = False) -> BaseModel:
     """Load the base and put a fresh adapter on it, whose initial values depend on `seed` alone.
 
     Args:
-        settings: which model, in which precision, with which adapter.
+        settings: in which precision, with which adapter.
+        folder: what `prepare_base` gave.
         seed: the run's seed.
-        on_step: told (step, steps, loss) while the embedded base is trained, which happens once on a machine.
+        is_sharded: whether DeepSpeed shards the model over the processes of this launch, which then load it together.
 
     Raises:
         InputError: if the model cannot be had.
     """
     from transformers import AutoTokenizer
 
-    folder = local_form(settings, on_step)
     dtype = load_dtype(settings)
+    launch = sharding_arguments(dtype) if is_sharded else None  # before the model: it decides how that is loaded
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.revision)
         model = load_model(folder, settings, dtype)
@@ -85,15 +90,40 @@ def load_base(settings: ModelSettings, seed: int, on_step: OnStep | None = None)
         raise InputError(f"model {settings.path!r}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    sharded.require_shards(model)
+    if torch.cuda.is_available() and not is_sharded and not settings.load_in_4bit:
+        model.to("cuda")
+    weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     adapted = with_adapter(model, settings, seed)
-    weights = sum(parameter.numel() for parameter in model.parameters())
     trained = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
-    return BaseModel(adapted, tokenizer, trained, f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})")
+    description = f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})"
+    return BaseModel(adapted, tokenizer, trained, description, launch)
 
 
-def local_form(settings: ModelSettings, on_step: OnStep | None) -> str:
-    """A hub id or folder that `from_pretrained` reads: the embedded base is trained, a GGUF file is converted."""
+def sharding_arguments(dtype: torch.dtype) -> Any:
+    """`TrainingArguments` made for their side effect: they tell transformers about this launch's DeepSpeed."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=tempfile.gettempdir(),
+        use_cpu=not torch.cuda.is_available(),
+        bf16=dtype == torch.bfloat16,
+        save_strategy="no",
+        report_to=[],
+    )
+
+
+def prepare_base(settings: ModelSettings, on_step: OnStep | None = None) -> str:
+    """A hub id or folder that `from_pretrained` reads: the embedded base is trained, a GGUF file is converted, once.
+
+    Args:
+        settings: which model.
+        on_step: told (step, steps, loss) while the embedded base is trained.
+
+    Raises:
+        InputError: if a GGUF file is missing or cannot be read.
+    """
     if settings.path == EMBEDDED:
         from fedllm_sec.training.tiny_base import build_tiny_base, tiny_base_fingerprint
 
@@ -137,7 +167,7 @@ def load_dtype(settings: ModelSettings) -> torch.dtype:
 
 
 def load_model(folder: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """The base itself, frozen."""
+    """The base itself."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "revision": settings.revision}
@@ -147,17 +177,26 @@ def load_model(folder: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,  # one dtype for all storage: what ZeRO-3 and FSDP can shard
         )
-    return AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    if settings.load_in_4bit:
+        keep_trainable_on_cpu(model)
+    return model
+
+
+def keep_trainable_on_cpu(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place for inference, after which training fails (0.50)."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def with_adapter(model: Any, settings: ModelSettings, seed: int) -> Any:
     """Put LoRA on a model; adapters stay in float32, for a bfloat16 copy would lose the update."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    if settings.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     lora = settings.lora
     config = LoraConfig(
         task_type="CAUSAL_LM",

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from fedllm_sec.config import TrainingSettings
 from fedllm_sec.tasks.encoding import Collator, Encoded, training_rows
+from fedllm_sec.training import sharded
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.schedule import factor
 
@@ -82,7 +83,7 @@ def train_client(
             rounds_done,
             rounds,
             model=base.model,
-            args=training_arguments(settings, scratch, seed),
+            args=training_arguments(base, settings, scratch, seed),
             train_dataset=training_rows(encoded),
             data_collator=Collator(base.tokenizer.pad_token_id),
             callbacks=list(callbacks),
@@ -91,11 +92,16 @@ def train_client(
         began = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - began
-    return Turn(base.adapter(), float(result.training_loss), int(result.global_step), seconds)
+        adapter = base.adapter()
+        sharded.take_down(trainer)
+    return Turn(adapter, float(result.training_loss), int(result.global_step), seconds)
 
 
-def training_arguments(settings: TrainingSettings, scratch: str, seed: int) -> TrainingArguments:
-    """Our settings in `Trainer`'s words; nothing is logged, saved or reported by it."""
+def training_arguments(base: BaseModel, settings: TrainingSettings, scratch: str, seed: int) -> TrainingArguments:
+    """Our settings in `Trainer`'s words; nothing is logged, saved or reported by it.
+
+    Where the base is in bfloat16 there is no autocast: adapters and their gradients stay in float32.
+    """
     return TrainingArguments(
         output_dir=scratch,
         per_device_train_batch_size=settings.batch_size,
@@ -109,6 +115,7 @@ def training_arguments(settings: TrainingSettings, scratch: str, seed: int) -> T
         seed=seed % 2**32,
         data_seed=seed % 2**32,
         use_cpu=not torch.cuda.is_available(),
+        bf16=base.launch is not None and base.launch.bf16 and sharded.zero3(),  # there it is what keeps the base so
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",

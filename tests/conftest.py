@@ -1,0 +1,65 @@
+"""What tests share: rows as dense arrays, as state dicts, and as adapter folders on disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedllm_sec import stack_updates
+from fedllm_sec.updates import UpdateSet
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+PREFIX = "base_model.model.model.layers.0.attention.query_key_value"
+SHAPES = {f"{PREFIX}.lora_A.weight": (2, 5), f"{PREFIX}.lora_B.weight": (7, 2), "scalar": ()}
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query_key_value"]}
+
+
+def random_states(n, seed=0, shapes=SHAPES, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        {name: torch.randn(shape, generator=generator) * spread for name, shape in shapes.items()} for _ in range(n)
+    ]
+
+
+def dense(updates: UpdateSet) -> np.ndarray:
+    """The whole matrix in float64, columns in the layout's order."""
+    return torch.cat([block.double().cpu() for _, block in updates.blocks()], dim=1).numpy()
+
+
+def dense_states(states) -> np.ndarray:
+    return np.stack([np.concatenate([state[k].double().numpy().ravel() for k in sorted(state)]) for state in states])
+
+
+def stacked(rows: np.ndarray, counts=None) -> UpdateSet:
+    """A set of updates from a dense array, over two tensors."""
+    rows = torch.tensor(rows, dtype=torch.float64)
+    cut = rows.shape[1] // 2
+    states = [{"a": row[:cut].clone(), "b": row[cut:].clone()} for row in rows]
+    return stack_updates(states, counts if counts is not None else [1.0] * len(states))
+
+
+def write_adapter(folder: Path, state, config=CONFIG) -> Path:
+    folder.mkdir(parents=True)
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """Seven clients' adapter folders around a global one; the states are beside them."""
+    states = random_states(8)
+    server = write_adapter(tmp_path / "global", states[7])
+    clients = [write_adapter(tmp_path / f"client_{i:02d}", state) for i, state in enumerate(states[:7])]
+    return clients, server, states
+
+
+@pytest.fixture
+def shared_data():
+    """The real data sets, which are not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the real data sets are not at {SHARED}")
+    return SHARED

@@ -1,0 +1,138 @@
+"""Configuration files: precedence, strictness, and that ours are sound."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedllm_sec import InputError
+from fedllm_sec.config import Config, override_tree, resolve, to_yaml
+from fedllm_sec.federation.scale import choose_scale
+from fedllm_sec.federation.server import build_methods
+from fedllm_sec.tasks import task
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("exp*.yaml"))
+EXP09 = ROOT / "configs" / "exp09_pythia_pubmedqa.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("scale", ["paper", "local", "tiny"])
+def test_every_configuration_builds_all_that_it_names(path, scale):
+    config = resolve(path, [], scale)
+    task.build(config.task.name, config.task.parameters)
+    for arm in config.arms.values():
+        build_methods(arm, config.federation)
+
+
+def test_experiment_9_is_the_papers():
+    config = resolve(EXP09, [], "paper")
+    assert config.federation.clients == 7
+    assert list(config.arms) == ["benign", "attacked", "defended"]
+    attacked, defended = config.arms["attacked"], config.arms["defended"]
+    assert attacked.attack == defended.attack
+    assert attacked.attack.model_dump() == {"name": "byzantine", "mode": "random"}
+    assert attacked.malicious == defended.malicious == 1
+    assert [method.model_dump() for method in defended.defenses] == [{"name": "krum", "m": 2, "f": 1}]
+    assert config.model.path == "EleutherAI/pythia-1b"
+    assert config.model.lora.target_modules == ("query_key_value",)
+    assert (config.data.train, config.data.test) == ("qiaojin/PubMedQA:pqa_artificial", "qiaojin/PubMedQA:pqa_labeled")
+
+
+def test_the_command_line_wins_over_the_scale_and_the_scale_over_the_file():
+    assert resolve(EXP09, [], "paper").training.steps == 200
+    assert resolve(EXP09, [], "tiny").training.steps != 200
+    assert resolve(EXP09, ["training.steps=3", "seed=5"], "tiny").training.steps == 3
+
+
+def test_a_configuration_survives_yaml():
+    config = resolve(EXP09, [], "tiny")
+    assert Config.model_validate(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers():
+    assert resolve(EXP09, ["training.learning_rate=1e-4"], "tiny").training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seeed=1", "seeed: unknown field; did you mean 'seed'"),
+        ("federation.round=1", "federation.round: unknown field; did you mean 'rounds'"),
+        ("model.lora.rank=1", "model.lora.rank: unknown field; known: alpha, dropout, r, target_modules"),
+        ("arms.defended.defence=1", "arms.defended.defence: unknown field; did you mean 'defenses'"),
+        ("training.batch_size=0", "training.batch_size: Input should be greater than or equal to 1"),
+        ("nonsense", "overrides are written key=value"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(override, message):
+    with pytest.raises(InputError, match=message):
+        resolve(EXP09, [override], "tiny")
+
+
+def test_all_mistakes_are_told_at_once():
+    with pytest.raises(InputError) as error:
+        resolve(EXP09, ["seeed=1", "federation.rounds=-1"], "tiny")
+    assert len(str(error.value).splitlines()) == 2
+
+
+def test_a_missing_or_broken_file_is_told(tmp_path):
+    with pytest.raises(InputError, match="no such configuration"):
+        resolve(tmp_path / "none.yaml", [], "tiny")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(InputError, match="is not YAML"):
+        resolve(tmp_path / "bad.yaml", [], "tiny")
+
+
+@pytest.mark.parametrize(
+    ("malicious", "message"), [("[7]", "client 7 does not exist"), ("8", "there are 7 clients"), ("-1", "malicious=-1")]
+)
+def test_an_adversary_owns_clients_that_exist(malicious, message):
+    config = resolve(EXP09, [f"arms.attacked.malicious={malicious}"], "tiny")
+    with pytest.raises(InputError, match=message):
+        build_methods(config.arms["attacked"], config.federation)
+
+
+def test_a_defense_that_cannot_work_fails_before_any_training():
+    config = resolve(EXP09, ["federation.clients=3"], "tiny")
+    with pytest.raises(InputError, match=r"krum\(f=1, m=2\) needs n >= f \+ 3, got n=3"):
+        build_methods(config.arms["defended"], config.federation)
+
+
+def choose(asked, overrides=()):
+    return choose_scale(asked, yaml.safe_load(EXP09.read_text()), override_tree(overrides))
+
+
+def test_auto_takes_the_embedded_scale_without_a_gpu_and_says_why(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    scale, reason = choose("auto")
+    assert scale == "tiny"
+    assert "no GPU" in reason
+    assert "scale=paper" in reason
+
+
+def test_auto_takes_a_given_model():
+    assert choose("auto", ["model.path=/some/folder"]).scale == "local"
+
+
+def test_paper_is_never_substituted_and_local_needs_a_model():
+    assert choose("paper").scale == "paper"
+    with pytest.raises(InputError, match=r"needs model\.path"):
+        choose("local")
+
+
+def test_auto_does_not_take_paper_when_the_hub_is_out_of_reach(monkeypatch):
+    class Properties:
+        total_memory = 80 * 2**30
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: Properties)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    scale, reason = choose("auto")
+    assert scale == "tiny"
+    assert "pythia-1b" in reason
+
+
+def refuse(*args, **kwargs):
+    raise ConnectionError("offline")

@@ -1,0 +1,167 @@
+"""The lazy matrix against a dense one, and the laws of `mix`, `map` and `concat`."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.torch import load_file
+
+from fedllm_sec import open_updates, stack_updates
+from fedllm_sec.updates import InputError
+from fedllm_sec.updates.device import Budget
+from tests.conftest import dense, dense_states, random_states, stacked
+
+matrices = arrays(np.float64, st.tuples(st.integers(1, 6), st.integers(2, 9)), elements=st.floats(-100, 100, width=32))
+
+
+def with_small_blocks(updates):
+    """The same set, cut into blocks of three columns."""
+    return replace(updates, budget=replace(updates.budget, memory=updates.files * updates.dtype.itemsize * 4 * 3))
+
+
+def test_rows_are_client_minus_global(adapters):
+    clients, server, states = adapters
+    updates = open_updates(clients, reference=server)
+    expected = dense_states(states[:7]) - dense_states(states[7:])
+    np.testing.assert_allclose(dense(updates), expected, atol=1e-6)
+    assert updates.clients == tuple(f"client_{i:02d}" for i in range(7))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_float_format_is_read_exactly(tmp_path, dtype):
+    states = [{k: v.to(dtype) for k, v in state.items()} for state in random_states(3)]
+    from tests.conftest import write_adapter
+
+    folders = [write_adapter(tmp_path / str(i), state) for i, state in enumerate(states)]
+    np.testing.assert_array_equal(dense(open_updates(folders)), dense_states(states))
+
+
+@given(matrices)
+def test_gram_is_the_matrix_of_inner_products(rows):
+    np.testing.assert_allclose(stacked(rows).gram.numpy(), rows @ rows.T, rtol=1e-9, atol=1e-9)
+
+
+@given(matrices, st.integers(1, 4), st.integers(0, 99))
+def test_mix_is_a_matrix_product_and_its_gram_needs_no_pass(rows, m, seed):
+    matrix = np.random.default_rng(seed).normal(size=(m, len(rows)))
+    updates = stacked(rows)
+    mixed = updates.mix(torch.tensor(matrix))
+    np.testing.assert_allclose(dense(mixed), matrix @ rows, rtol=1e-9, atol=1e-9)
+    _ = updates.gram
+    unreadable = replace(mixed, read=None)
+    np.testing.assert_allclose(unreadable.gram.numpy(), matrix @ (rows @ rows.T) @ matrix.T, rtol=1e-8, atol=1e-6)
+
+
+def test_a_row_of_weight_zero_is_never_read():
+    updates = stacked(np.ones((3, 4)))
+    asked = []
+
+    def read(span, index):
+        asked.extend(index)
+        return updates.read(span, index)
+
+    dense(replace(updates, read=read).mix(torch.tensor([[0.5, 0.0, 0.5]])))
+    assert set(asked) == {0, 2}
+
+
+def test_scaling_a_row_does_not_scale_its_sample_count():
+    updates = stacked(np.ones((3, 4)), [1.0, 2.0, 3.0])
+    scaled = updates.mix(1e6 * torch.eye(3))
+    assert scaled.num_samples.tolist() == [1.0, 2.0, 3.0]
+    assert scaled.clients == updates.clients
+
+
+@given(matrices)
+def test_blocks_of_any_size_give_the_same_matrix(rows):
+    updates = stacked(rows)
+    small = with_small_blocks(updates)
+    assert max(span.stop - span.start for span, _ in small.blocks()) <= 3
+    np.testing.assert_array_equal(dense(small), dense(updates))
+    np.testing.assert_allclose(small.gram, updates.gram, rtol=1e-12, atol=1e-12)
+
+
+def test_map_sees_blocks_and_spans_and_may_change_the_number_of_rows():
+    rows = np.arange(12.0).reshape(3, 4)
+    updates = with_small_blocks(stacked(rows))
+    middle = updates.map(lambda block, span: block.median(dim=0).values[None], ["median"], torch.ones(1))
+    np.testing.assert_array_equal(dense(middle), rows[1:2])
+    assert len(middle) == 1
+    with pytest.raises(ValueError, match="transform gave"):
+        dense(updates.map(lambda block, span: block[:1]))
+
+
+def test_concat_replace_and_add():
+    rows, more = np.arange(12.0).reshape(3, 4), -np.ones((2, 4))
+    updates, others = stacked(rows, [1, 2, 3]), stacked(more, [8, 9])
+    both = updates.concat(others)
+    np.testing.assert_array_equal(dense(both), np.vstack([rows, more]))
+    assert both.num_samples.tolist() == [1, 2, 3, 8, 9]
+    np.testing.assert_array_equal(dense(both.rows([4, 0])), np.vstack([more[1], rows[0]]))
+    swapped = updates.replace([2, 0], others)
+    np.testing.assert_array_equal(dense(swapped), np.vstack([more[1], rows[1], more[0]]))
+    assert swapped.num_samples.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(dense(updates.add(others.rows([0]))), rows - 1)
+    np.testing.assert_array_equal(dense(updates.add(updates)), 2 * rows)
+    with pytest.raises(InputError, match="'c' does not belong there"):
+        updates.concat(stack_updates([{"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(1)}], [1]))
+
+
+def test_save_writes_what_the_library_reads_and_leaves_nothing_behind(tmp_path, adapters):
+    clients, _, states = adapters
+    paths = [tmp_path / f"{i}.safetensors" for i in range(7)]
+    with_small_blocks(open_updates(clients)).save(paths)
+    for path, state in zip(paths, states[:7], strict=True):
+        for name, tensor in load_file(path).items():
+            assert torch.equal(tensor, state[name]), name
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_result_that_is_not_finite_is_not_written(tmp_path):
+    updates = stacked(np.full((2, 4), 1e300))
+    with pytest.raises(InputError, match="NaN or infinite"):
+        updates.save([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_sum_does_not_stagnate():
+    """Float32 sums of ten million equal terms are off by percents; ours are summed in float64."""
+    ones = torch.full((10_000_000,), 0.1)
+    gram = stack_updates([{"w": ones}, {"w": ones}], [1, 1]).gram
+    np.testing.assert_allclose(gram.numpy(), 10_000_000 * float(ones[0].double()) ** 2, rtol=1e-12)
+
+
+def test_memory_is_read_with_its_unit():
+    assert Budget.of("1GiB").memory == 2**30
+    assert Budget.of("1.5 MB").memory == 1_500_000
+    with pytest.raises(InputError, match="cannot read 'lots'"):
+        Budget.of("lots")
+
+
+PEAK = """
+import resource, sys, torch
+from pathlib import Path
+from fedllm_sec import Round, aggregate, defense, open_updates
+folders = sorted(Path(sys.argv[1]).glob("client_*"))
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+warm = open_updates(folders[:1], memory="16MiB").gram
+before = peak()
+updates = open_updates(folders, memory="16MiB")
+aggregate(updates, Round(), [defense.build("krum", {"f": 1, "m": 3})]).save([Path(sys.argv[1]) / "out.safetensors"])
+print(peak() - before)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """Twelve clients of 32 MB each under m-Krum in a fresh process: 384 MB of input, a few tens of MB of memory."""
+    from tests.conftest import write_adapter
+
+    for i in range(12):
+        write_adapter(tmp_path / f"client_{i:02d}", {"w": torch.randn(8_000_000)})
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 80, f"grew by {done.stdout} MiB"
