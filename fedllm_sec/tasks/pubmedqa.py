@@ -17,7 +17,7 @@ from fedllm_sec.updates.errors import InputError
 logger = logging.getLogger(__name__)
 
 LABELS = ("yes", "no", "maybe")
-EMBEDDED_ROWS = {"train": (1400, 1), "test": (200, 2)}  # how many, from which seed
+EMBEDDED_ROWS = {"train": (700, 1), "test": (160, 2)}  # how many, from which seed
 INSTRUCTION = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."

@@ -5,11 +5,9 @@ results section settles the question: a significant difference is a *yes*, no di
 effect confined to a subgroup is a *maybe*. Some studies also report a second outcome that nobody asked about, so
 the answer has to be read from the right sentence. Treatments are invented names; nothing here is medical fact.
 
-:func:`records` gives labelled rows for fine-tuning and testing, :func:`articles` gives unlabelled prose of the same
+`records` gives labelled rows for fine-tuning and testing, `articles` gives unlabelled prose of the same
 world (in other wording than any fine-tuning prompt) for pre-training the tiny base model.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
@@ -21,8 +19,7 @@ def _list(text: str) -> list[str]:
 
 
 VERDICT_WEIGHTS = {"yes": 0.55, "no": 0.34, "maybe": 0.11}
-ASIDE_SHARE = 0.35
-"""Share of studies that also report an outcome the question does not ask about."""
+ASIDE_SHARE = 0.35  # of studies that also report an outcome the question does not ask about
 
 NAME_HEADS = ["vel", "tor", "cam", "bri", "nol", "sar", "dex", "lum", "pra", "zen", "mor", "fil", "gal", "hex"]
 NAME_TAILS = ["orine", "astat", "imab", "oxil", "adine", "etol", "upril", "avir", "azole", "icin"]
@@ -206,7 +203,7 @@ def _study(rng: Random) -> Study:
 
 
 def records(count: int, *, seed: int) -> list[dict[str, Any]]:
-    """Return ``count`` labelled rows in PubMedQA's form, the same ones for the same seed."""
+    """Return `count` labelled rows in PubMedQA's form, the same ones for the same seed."""
     rng = Random(f"records {seed}")
     rows = []
     for index in range(count):
@@ -224,7 +221,7 @@ def records(count: int, *, seed: int) -> list[dict[str, Any]]:
 
 
 def articles(count: int, *, seed: int) -> list[str]:
-    """Return ``count`` plain texts about studies of this world, for pre-training."""
+    """Return `count` plain texts about studies of this world, for pre-training."""
     rng = Random(f"articles {seed}")
     texts = []
     for _ in range(count):

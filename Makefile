@@ -1,0 +1,40 @@
+# make demo: the headline experiment at the embedded scale.   make test: everything that must hold.
+PYTHON ?= python3
+BIN := .venv/bin
+ACCELERATE := $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2.yaml
+DEMO := runs/demo
+
+.PHONY: demo setup test lint test-slow test-gpu bench clean
+
+demo: setup
+	rm -rf $(DEMO)
+	$(ACCELERATE) recipes/pythia_pubmedqa.py scale=tiny out=$(DEMO)
+
+setup: .venv/.ready
+
+# The exact tested versions; `torch` first, so that nothing pulls another build of it.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest -m slow
+
+test-gpu: setup
+	$(BIN)/pytest -m gpu
+
+bench: setup
+	$(BIN)/pytest -m bench -s
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
