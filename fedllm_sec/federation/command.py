@@ -1,6 +1,7 @@
 """What `fedllm-sec run` and the recipes do: configuration, experiment, report, table."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ def quieten(world: World) -> None:
     handler = RichHandler(console=console, show_time=False, show_path=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("fedllm_sec").setLevel(logging.INFO if world.is_main else logging.ERROR)
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 

@@ -22,7 +22,7 @@ from fedllm_sec.federation.partition import partition
 from fedllm_sec.federation.run_folder import ArmFolder, claim
 from fedllm_sec.federation.scale import choose_scale
 from fedllm_sec.federation.server import build_methods
-from fedllm_sec.federation.trackers import track
+from fedllm_sec.federation.trackers import check_trackers
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.encoding import encode, shortened
 from fedllm_sec.tasks.task import Example, Task, task
@@ -71,6 +71,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
         InputError: for anything that is wrong with the configuration or the data, before any training.
     """
     began = time.perf_counter()
+    check_trackers(config.trackers)
     methods = {name: build_methods(arm, config.federation) for name, arm in config.arms.items()}
     work = task.build(config.task.name, config.task.parameters)
     data = load_data(config, work)
@@ -99,8 +100,6 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
             prepare_arm(place, to_yaml(alone), environment(base, world), fresh, base.adapter_config())
         world.wait()
         Arm(name, arm, methods[name], config, place, world, base, data.shards, max_length, evaluate).run()
-        if world.is_main and config.trackers:
-            track(config, name, place)
     if world.is_main:
         write_json(folder / "summary.json", summary(config, folder, time.perf_counter() - began))
     world.wait()

@@ -15,6 +15,7 @@ from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.progress import RoundProgress, StepCallback
 from fedllm_sec.federation.run_folder import ArmFolder, client_name, load_adapter, save_adapter
 from fedllm_sec.federation.server import Methods, malicious_clients, server_step, threat_of
+from fedllm_sec.federation.trackers import Trackers
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.encoding import Encoded, encode
 from fedllm_sec.tasks.task import Example
@@ -56,7 +57,11 @@ class Arm:
         rounds = self.config.federation.rounds
         done = next((i for i in range(rounds + 1) if self.folder.metrics(i) is None), rounds + 1)
         self.world.wait()  # nobody writes before everybody has looked
-        with RoundProgress(self.name, rounds, max(done - 1, 0), self.world) as progress:
+        names = self.config.trackers if self.world.is_main else ()
+        with (
+            RoundProgress(self.name, rounds, max(done - 1, 0), self.world) as progress,
+            Trackers(names, f"{self.config.name}/{self.name}", self.folder.path) as trackers,
+        ):
             for index in range(done, rounds + 1):
                 began = time.perf_counter()
                 if self.world.is_main and index:
@@ -64,7 +69,7 @@ class Arm:
                     self.folder.round(index).mkdir()
                 self.world.wait()
                 facts = self.train_and_aggregate(index, progress, began) if index else {}
-                self.finish(index, facts, progress, began)
+                trackers.log(index, self.finish(index, facts, progress, began))
 
     def train_and_aggregate(self, index: int, progress: RoundProgress, began: float) -> dict[str, Any]:
         """Train the clients of a round and make the next global adapter; return what there is to say of it."""
@@ -137,8 +142,8 @@ class Arm:
             "num_samples": {claim["client"]: claim["num_samples"] for claim in claims},
         }
 
-    def finish(self, index: int, facts: dict[str, Any], progress: RoundProgress, began: float) -> None:
-        """Evaluate the round's global adapter and write the metrics, which makes the round whole."""
+    def finish(self, index: int, facts: dict[str, Any], progress: RoundProgress, began: float) -> dict[str, float]:
+        """Evaluate the round's global adapter and write the metrics, which makes the round whole; return them."""
         self.world.wait()
         metrics = self.evaluate(self.folder.global_adapter(index))
         if self.world.is_main:
@@ -147,6 +152,7 @@ class Arm:
         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "majority_accuracy")
         progress.end_round(index, f"{self.name:>9} round {index}: {shown}  ({time.perf_counter() - began:.1f} s)")
         self.world.wait()
+        return metrics
 
     def round(self, index: int) -> Round:
         """What the server knows of a round."""

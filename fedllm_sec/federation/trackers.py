@@ -1,14 +1,16 @@
-"""Send a run's metrics to Accelerate's trackers."""
+"""Send a run's metrics to Accelerate's trackers, as they come."""
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from fedllm_sec.config import Config
-from fedllm_sec.federation.run_folder import ArmFolder
 from fedllm_sec.updates.errors import InputError
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Raise InputError for a tracker that Accelerate does not know or that is not installed."""
+    if not names:
+        return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     available = [str(name) for name in get_available_trackers()]
@@ -19,17 +21,33 @@ def check_trackers(names: tuple[str, ...]) -> None:
             raise InputError(f"trackers: {name!r} is not installed; pip install {name}")
 
 
-def track(config: Config, arm: str, folder: ArmFolder) -> None:
-    """Send the metrics of an arm's rounds; the numbers are those of `metrics.jsonl`."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+class Trackers:
+    """The trackers of one arm; each gets the numbers of every round.
 
-    for name in config.trackers:
-        kind = LOGGER_TYPE_TO_CLASS[name]
-        options: dict[str, Any] = {"logging_dir": folder.path} if kind.requires_logging_directory else {}
-        tracker = kind(f"{name}", **options) if options else kind(f"{config.name}/{arm}")
-        tracker.start()
-        for index in range(config.federation.rounds + 1):
-            metrics = folder.metrics(index) or {}
-            numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
-            tracker.log(numbers, step=index)
-        tracker.finish()
+    Args:
+        names: Accelerate's names: tensorboard, wandb, ...
+        run: what the run is called there, `<experiment>/<arm>`.
+        folder: where trackers that write files write them.
+    """
+
+    def __init__(self, names: Sequence[str], run: str, folder: Path):
+        self.trackers: list[Any] = []
+        for name in names:
+            from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+            kind = LOGGER_TYPE_TO_CLASS[name]
+            tracker = kind(name, logging_dir=folder) if kind.requires_logging_directory else kind(run)
+            tracker.start()
+            self.trackers.append(tracker)
+
+    def __enter__(self) -> "Trackers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+    def log(self, index: int, metrics: Mapping[str, float]) -> None:
+        """Send the metrics of a round."""
+        for tracker in self.trackers:
+            tracker.log(dict(metrics), step=index)

@@ -13,6 +13,7 @@ TITLES = {
     "macro_f1": "Macro-F1",
 }
 MARKERS = "osD^vPX*"
+STROKES = ("-", "-.", "--", ":")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind readers too
 
 
@@ -34,13 +35,14 @@ def draw(runs: Sequence[Run], metric: str, folder: Path) -> list[Path]:
             label=label(run, curve, len(runs) == 1),
             color=COLOURS[i % len(COLOURS)],
             marker=MARKERS[i % len(MARKERS)],
-            linewidth=1.8,
+            linestyle=STROKES[i % len(STROKES)],  # a curve that lies on another one shows through
+            linewidth=2.0,
             markersize=5,
         )
     majority = runs[0].curves[0].last.get("majority_accuracy")
     if metric == "accuracy" and majority is not None:
         axes.axhline(majority, color="0.5", linestyle=":", label=f"commonest label ({majority:.1%})")
-    if everything and min(everything) > 0 and max(everything) > 10 * min(everything):
+    if everything and min(everything) > 0 and max(everything) > 20 * min(everything):
         axes.set_yscale("log")
     axes.set_xlabel("Round")
     axes.set_ylabel(TITLES.get(metric, metric))

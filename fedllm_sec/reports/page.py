@@ -48,12 +48,19 @@ def page(runs: Sequence[Run], drawings: Sequence[str]) -> str:
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{escape(title)}</h1>",
         html_table(*rows(runs)),
+        majority_line(runs[0].curves[0]),
         f"<div class='figures'>{''.join(drawings)}</div>",
     ]
     for run in runs:
         parts += [kept_table(curve, label(run, curve, len(runs) == 1)) for curve in run.curves]
     parts += [f"<h2>Configuration of {escape(run.folder.name)}</h2><pre>{escape(run.config)}</pre>" for run in runs]
     return "\n".join(parts) + "</html>\n"
+
+
+def majority_line(curve: Curve) -> str:
+    """What the accuracy is to be compared with; '' for a task without labels."""
+    share = curve.last.get("majority_accuracy")
+    return "" if share is None else f"<p>Always answering the commonest label: {share:.1%} accuracy.</p>"
 
 
 def html_table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
