@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from fedllm_sec.updates.errors import InputError
 
@@ -19,6 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+ArmName = Annotated[str, StringConstraints(pattern=r"^(?!report$)[A-Za-z0-9_-]+$")]  # it names a folder
 EMBEDDED = "embedded"  # the model or the data that the project makes itself
 
 
@@ -127,7 +128,7 @@ class Config(Strict):
     training: TrainingSettings = TrainingSettings()
     federation: FederationSettings = FederationSettings()
     eval_batch_size: Count = 16
-    arms: dict[str, ArmSettings]
+    arms: Annotated[dict[ArmName, ArmSettings], Field(min_length=1)]
     trackers: tuple[str, ...] = ()  # Accelerate's: tensorboard, wandb, ...
 
 

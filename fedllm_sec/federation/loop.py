@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,7 @@ from fedllm_sec.tasks.encoding import Encoded, encode
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.client import Turn, train_client
-from fedllm_sec.updates.files import read_json, write_json
+from fedllm_sec.updates.files import read_json, write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -142,14 +141,17 @@ class Arm:
             "num_samples": {claim["client"]: claim["num_samples"] for claim in claims},
         }
 
-    def finish(self, index: int, facts: dict[str, Any], progress: RoundProgress, began: float) -> dict[str, float]:
+    def finish(
+        self, index: int, facts: dict[str, Any], progress: RoundProgress, began: float
+    ) -> dict[str, float | None]:
         """Evaluate the round's global adapter and write the metrics, which makes the round whole; return them."""
         self.world.wait()
-        metrics = self.evaluate(self.folder.global_adapter(index))
+        measured = self.evaluate(self.folder.global_adapter(index))
+        metrics = {key: value if math.isfinite(value) else None for key, value in measured.items()}  # JSON has no NaN
         if self.world.is_main:
             self.folder.round(index).mkdir(exist_ok=True)
             self.folder.finish_round(index, {"round": index, **metrics, **facts})
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items() if key != "majority_accuracy")
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in measured.items() if key != "majority_accuracy")
         progress.end_round(index, f"{self.name:>9} round {index}: {shown}  ({time.perf_counter() - began:.1f} s)")
         self.world.wait()
         return metrics
@@ -173,8 +175,8 @@ def prepare_arm(
 ) -> None:
     """Write what an arm begins with: its configuration, its environment and the first global adapter."""
     folder.path.mkdir(exist_ok=True)
-    if not (folder.path / "config.yaml").exists():
-        Path(folder.path / "config.yaml").write_text(config, encoding="utf-8")
+    if not (folder.path / "environment.json").exists():
+        write_text(folder.path / "config.yaml", config)
         write_json(folder.path / "environment.json", environment)
     if not folder.global_adapter(0).exists():
         save_adapter(adapter, lora, folder.global_adapter(0))

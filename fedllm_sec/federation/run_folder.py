@@ -48,14 +48,17 @@ class ArmFolder:
         """Delete what is there of a round that is not whole."""
         shutil.rmtree(self.round(index), ignore_errors=True)
         shutil.rmtree(self.global_adapter(index), ignore_errors=True)
-        for partial in self.path.rglob(f"*{PARTIAL}"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+        for partial in list(self.path.rglob(f"*{PARTIAL}")):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink(missing_ok=True)
 
     def finish_round(self, index: int, metrics: Mapping[str, Any]) -> None:
-        """Write a round's metrics, and all rounds' anew, one line each."""
+        """Write all rounds' metrics anew, one line each, and then this round's own, which makes it whole."""
+        rows = [*(self.metrics(i) for i in range(index)), metrics]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_json(self.round(index) / "metrics.json", metrics)
-        lines = [self.round(i) / "metrics.json" for i in range(index + 1)]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(read_json(line)) + "\n" for line in lines))
 
 
 def client_name(client: int) -> str:

@@ -47,7 +47,7 @@ class Trackers:
         for tracker in self.trackers:
             tracker.finish()
 
-    def log(self, index: int, metrics: Mapping[str, float]) -> None:
-        """Send the metrics of a round."""
+    def log(self, index: int, metrics: Mapping[str, float | None]) -> None:
+        """Send the metrics of a round; what diverged is left out."""
         for tracker in self.trackers:
-            tracker.log(dict(metrics), step=index)
+            tracker.log({key: value for key, value in metrics.items() if value is not None}, step=index)

@@ -14,8 +14,8 @@ class Curve(NamedTuple):
     rounds: list[dict[str, Any]]
 
     def values(self, metric: str) -> tuple[list[int], list[float]]:
-        """Rounds and values of a metric, where it was measured."""
-        pairs = [(row["round"], row[metric]) for row in self.rounds if metric in row]
+        """Rounds and values of a metric, where it was measured and finite."""
+        pairs = [(row["round"], row[metric]) for row in self.rounds if row.get(metric) is not None]
         return [x for x, _ in pairs], [y for _, y in pairs]
 
     @property

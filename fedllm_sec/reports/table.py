@@ -1,6 +1,7 @@
 """The results of a run in a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -18,12 +19,17 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Head and rows: before any training, then each arm after its last round."""
     first = runs[0].curves[0].rounds[0]
     shown = [column for column in COLUMNS if column[0] in first]
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
+        return [form.format(row[key]) if row.get(key) is not None else "diverged" for key, _, form in shown]
+
     head = ["arm", "round", *(title for _, title, _ in shown)]
-    body = [["before training", "0", *(form.format(first[metric]) for metric, _, form in shown)]]
-    for run in runs:
-        for curve in run.curves:
-            values = [form.format(curve.last[metric]) for metric, _, form in shown]
-            body.append([label(run, curve, len(runs) == 1), str(curve.last["round"]), *values])
+    body = [["before training", "0", *cells(first)]]
+    body += [
+        [label(run, curve, len(runs) == 1), str(curve.last["round"]), *cells(curve.last)]
+        for run in runs
+        for curve in run.curves
+    ]
     return head, body
 
 

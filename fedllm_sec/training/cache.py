@@ -16,12 +16,10 @@ def cached(name: str, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, which `make` fills if it is not there; two makers do no harm."""
     folder = cache_folder() / name
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with atomic_folder(folder.with_name(f"{folder.name}.{os.getpid()}")) as partial:
+            with atomic_folder(folder) as partial:
                 make(partial)
-            folder.with_name(f"{folder.name}.{os.getpid()}").rename(folder)
         except OSError:
-            if not folder.exists():
+            if not folder.exists():  # else somebody was faster
                 raise
     return folder

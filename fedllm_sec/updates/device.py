@@ -23,7 +23,10 @@ class Budget:
     @classmethod
     def of(cls, memory: str | int, device: str | torch.device = "cpu") -> "Budget":
         """Read `memory` as a number of bytes or a text such as `1GiB`, and check that the device is there."""
-        place = torch.device(device)
+        try:
+            place = torch.device(device)
+        except RuntimeError:
+            raise InputError(f"unknown device {device!r}; use cpu or cuda") from None
         if place.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device {str(device)!r} asked for, but torch sees no CUDA device; use --device cpu")
         return cls(parse_bytes(memory), place)

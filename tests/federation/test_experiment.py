@@ -1,0 +1,185 @@
+"""The experiment in one process: what goes wrong, and what the run leaves when it does."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedllm_sec import Attack, Defense, InputError, attack, defense
+from fedllm_sec.config import ArmSettings, Method, resolve
+from fedllm_sec.federation.experiment import load_data, run_experiment
+from fedllm_sec.federation.world import World
+from fedllm_sec.reports.page import report
+from fedllm_sec.tasks import task
+from tests.launch import ROOT
+
+EXP09 = ROOT / "configs/exp09_pythia_pubmedqa.yaml"
+
+
+@pytest.fixture
+def run(small, tmp_path, monkeypatch):
+    """Run with more arguments, in this process, and return the folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments, resume=False, arms=None):
+        config = resolve(EXP09, [*small, *arguments], "local")
+        if arms:
+            config = config.model_copy(
+                update={"arms": arms if isinstance(arms, dict) else {a: config.arms[a] for a in arms}}
+            )
+        return run_experiment(config, World(), resume=resume)
+
+    return start
+
+
+def metrics(folder, arm):
+    return [json.loads(line) for line in (folder / arm / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_client_whose_training_diverges_is_refused_and_the_round_goes_on(run, monkeypatch):
+    """One NaN in what a client sends must never reach a method."""
+    from fedllm_sec.federation import loop
+
+    honest = loop.save_adapter
+
+    def save(state, config, folder, **files):
+        if folder.name == "client_03":
+            state = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
+        honest(state, config, folder, **files)
+
+    monkeypatch.setattr(loop, "save_adapter", save)
+    folder = run("federation.rounds=1", arms=["benign"])
+    row = metrics(folder, "benign")[1]
+    assert list(row["refused"]) == ["client_03"]
+    assert "NaN" in row["refused"]["client_03"]
+    assert row["test_loss"] is not None
+    with pytest.raises(InputError, match=r"client_03: .*NaN"):
+        run("federation.rounds=1", "federation.on_refused=stop", "out=other", arms=["benign"])
+
+
+def test_a_model_that_diverges_is_reported_as_such(run):
+    folder = run("federation.rounds=1", "arms.attacked.attack.scale=1e30", arms=["attacked"])
+    row = metrics(folder, "attacked")[1]
+    assert row["test_loss"] is None
+    assert "diverged" in report([folder]).read_text()
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(run, tmp_path):
+    folder = run("federation.rounds=1", arms=["benign"])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="holds a run already; go on with --resume"):
+        run("federation.rounds=1", arms=["benign"])
+    with pytest.raises(InputError, match="holds a run of another configuration"):
+        run("federation.rounds=2", arms=["benign"], resume=True)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        run("out=notes")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("federation.clients=141", "would have no data"),
+        ("data.train=nowhere.jsonl", "no such data file"),
+        ("trackers=[tensorbord]", "unknown tracker 'tensorbord'"),
+        ("arms.defended.defenses=[{name: krum, f: 5}]", "needs n >= f"),
+        ("arms.defended.defenses=[{name: krum, f: 1, m: 7}]", "at most n - f"),
+        ("arms.attacked.attack.name=byzantin", "did you mean 'byzantine'"),
+        ("task.name=pubmed", "unknown task 'pubmed'; did you mean 'pubmedqa'"),
+        ("task.max_length=40", "needs .* tokens even without its passage"),
+        ("model.path=nowhere", "cannot be loaded"),
+        ("model.path=nowhere.gguf", "no such file"),
+        ("model.lora.target_modules=[nothing]", "target_modules"),
+    ],
+)
+def test_bad_input_is_one_clear_error_before_any_training(run, tmp_path, argument, message):
+    with pytest.raises(InputError, match=message):
+        run(argument)
+    assert not list(tmp_path.rglob("round_*"))
+
+
+def test_texts_longer_than_the_context_are_counted_and_said(run, capsys):
+    run("task.max_length=100", "federation.rounds=1", arms=["benign"])
+    assert "of 140 texts are longer than 100 tokens: the end of their passage is cut" in capsys.readouterr().err
+
+
+def test_without_a_test_set_a_fifth_is_held_out(small):
+    config = resolve(EXP09, [*small, "data.test=null"], "local")
+    data = load_data(config, task.build("pubmedqa", {"prompt": "question"}))
+    trained = {row.passage for shard in data.shards for row in shard}
+    assert len(data.test) == 28
+    assert sum(map(len, data.shards)) == 112
+    assert not trained & {row.passage for row in data.test}
+
+
+def test_an_attack_on_data_reaches_what_malicious_clients_train_on(run, monkeypatch):
+    """The original's poisoned set is stored where nothing reads it."""
+    from fedllm_sec.federation import loop
+
+    trained: dict[tuple[str, int], set[str]] = {}
+    honest = loop.train_client
+
+    def spy(base, encoded, received, settings, **options):
+        (client,) = (callback.client for callback in options["callbacks"])
+        texts = {base.tokenizer.decode(item.response) for item in encoded}
+        trained.setdefault(("poisoned" if any("WRONG" in t for t in texts) else "clean", client), set()).update(texts)
+        return honest(base, encoded, received, settings, **options)
+
+    @attack("answer_wrong", paper="none, arXiv:0000.00000")
+    def answer_wrong():
+        from dataclasses import replace
+
+        return Attack(poison_data=lambda rows, threat: [replace(row, response=" WRONG") for row in rows])
+
+    monkeypatch.setattr(loop, "train_client", spy)
+    try:
+        run(arms={"attacked": ArmSettings(attack=Method(name="answer_wrong"), malicious=(2,))})
+    finally:
+        del attack._entries["answer_wrong"]
+    assert {client for kind, client in trained if kind == "poisoned"} == {2}
+    assert {client for kind, client in trained if kind == "clean"} == {0, 1, 3, 4, 5, 6}
+
+
+def test_no_defense_is_given_the_threat():
+    import inspect
+
+    from fedllm_sec.core import Stage
+
+    assert "Threat" not in str(Stage)
+    for entry in defense:
+        parameters = {"f": 1} if "f" in entry.parameters else {}
+        for stage in defense.build(entry.name, parameters):
+            if stage is not None:
+                assert list(inspect.signature(stage).parameters) == ["updates", "round"]
+
+
+def test_a_round_with_a_memory_finds_the_last_one(run):
+    found = []
+
+    @defense("remember", paper="none, arXiv:0000.00000")
+    def remember():
+        def before(updates, round):
+            if round.dir is not None:
+                found.append((round.index, round.previous and (round.previous / "remember/decision.json").exists()))
+            round.record("remember", {"seen": list(updates.clients)})
+            return updates
+
+        return Defense(before=before)
+
+    try:
+        run("arms.defended.defenses=[{name: remember}]", arms=["defended"])
+    finally:
+        del defense._entries["remember"]
+    assert found == [(1, None), (2, True)]
+
+
+def test_a_client_that_claims_many_samples_is_capped(run):
+    folder = run("federation.rounds=1", "federation.max_samples=20", arms=["benign"])
+    clients = sorted((folder / "benign/round_0001").glob("client_*"))
+    states = [load_file(client / "adapter_model.safetensors") for client in clients]
+    result = load_file(folder / "benign/global_0001/adapter_model.safetensors")
+    for name, tensor in result.items():
+        torch.testing.assert_close(tensor, torch.stack([s[name] for s in states]).mean(0), rtol=1e-4, atol=1e-6)
