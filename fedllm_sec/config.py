@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from fedllm_sec.updates.errors import InputError
 
@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-ArmName = Annotated[str, StringConstraints(pattern=r"^(?!report$)[A-Za-z0-9_-]+$")]  # it names a folder
+ArmName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]  # it names a folder of the run
 EMBEDDED = "embedded"  # the model or the data that the project makes itself
 
 
@@ -130,6 +130,14 @@ class Config(Strict):
     eval_batch_size: Count = 16
     arms: Annotated[dict[ArmName, ArmSettings], Field(min_length=1)]
     trackers: tuple[str, ...] = ()  # Accelerate's: tensorboard, wandb, ...
+
+    @field_validator("arms")
+    @classmethod
+    def leave_the_report_its_folder(cls, arms: dict[str, ArmSettings]) -> dict[str, ArmSettings]:
+        """`report/` is taken."""
+        if "report" in arms:
+            raise ValueError("an arm cannot be called 'report'")
+        return arms
 
 
 def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -62,6 +62,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
         ("model.lora.rank=1", "model.lora.rank: unknown field; known: alpha, dropout, r, target_modules"),
         ("arms.defended.defence=1", "arms.defended.defence: unknown field; did you mean 'defenses'"),
         ("training.batch_size=0", "training.batch_size: Input should be greater than or equal to 1"),
+        ("arms.report={}", "cannot be called 'report'"),
+        ("arms={../x: {}}", "arms.*pattern"),
         ("nonsense", "overrides are written key=value"),
     ],
 )
