@@ -4,12 +4,14 @@ Machine output goes to stdout, progress and prose to stderr. Exit codes: 0 fine,
 """
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
@@ -25,7 +27,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -36,9 +38,9 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
 ) -> None:
     """Run an experiment: every arm, from the same seeds, and a report."""
-    from fedllm_sec.federation.command import run_command
+    from fedllm_sec.federation.command import run_recipe
 
-    run_command(config, overrides or [], resume=resume)
+    raise typer.Exit(run_recipe(config, overrides or [], resume=resume))
 
 
 @app.command()
@@ -60,12 +62,14 @@ class ChainCommand(TyperCommand):
         folded: list[str] = []
         rest = iter(args)
         for arg in rest:
-            if not arg.startswith("-D"):
+            if arg.startswith("--defense="):
+                folded += ["--defense", arg.removeprefix("--defense=")]
+            elif not arg.startswith("-D"):
                 folded.append(arg)
             elif len(folded) < 2 or folded[-2] != "--defense":
                 raise InputError("-D key=value goes behind the --defense that it belongs to")
             else:
-                folded[-1] += " " + (arg[2:] or next(rest, ""))
+                folded[-1] += " " + shlex.quote(arg[2:] or next(rest, ""))
         return super().parse_args(ctx, folded)
 
 

@@ -99,7 +99,7 @@ class FederationSettings(Strict):
     clients: Count = 7
     rounds: Count = 5
     weights: Literal["samples", "equal"] = "samples"  # of FedAvg
-    max_samples: Positive | None = None  # a larger claim counts as this much
+    sample_cap: Annotated[float, Field(ge=1)] | None = 10.0  # a claim counts as at most so many times the median one
     on_refused: Literal["drop", "stop"] = "drop"  # a client whose update does not pass the gate
     memory: str = "1GiB"  # for the blocks of the server's step
     device: str = "cpu"
@@ -150,7 +150,7 @@ def read_tree(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise InputError(f"{path}: no such configuration file")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: is not YAML ({error})") from None
     if not isinstance(tree, dict):
         raise InputError(f"{path}: holds no mapping of fields")
@@ -190,7 +190,10 @@ def resolve(path: Path, overrides: Sequence[str], scale: str) -> Config:
         InputError: with every fault of the tree, each with its place and, for a misspelt field, the nearest one.
     """
     tree = read_tree(path)
-    scales = tree.pop("scales", {})
+    scales = tree.pop("scales", None) or {}
+    if not isinstance(scales, Mapping) or not all(isinstance(change, Mapping) for change in scales.values()):
+        raise InputError(f"{path}: scales: must map names to the fields that they change")
+    validated(tree, str(path))
     for name, change in scales.items():
         validated(merged(tree, change), f"{path} (scales.{name})")
     changes = override_tree(overrides)

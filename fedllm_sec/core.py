@@ -7,6 +7,7 @@ what it does. There are no flags beside the record, so nothing can drift from it
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from fedllm_sec.updates.device import TILE
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_json
 from fedllm_sec.updates.layout import Span
-from fedllm_sec.updates.update_set import UpdateSet
+from fedllm_sec.updates.update_set import UpdateSet, check_same_layout
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class Round:
         return derived_seed(self.seed, self.index, *names)
 
     def record(self, defense: str, decision: Mapping[str, Any]) -> None:
-        """Keep what a defense decided, as `<dir>/<defense>/decision.json`."""
-        if self.dir is not None:
-            (self.dir / defense).mkdir(parents=True, exist_ok=True)
-            write_json(self.dir / defense / "decision.json", decision)
+        """Keep what a defense decided, as `<dir>/<defense>/decision.json`; its second time in a chain is `_2`."""
+        if self.dir is None:
+            return
+        names = chain([defense], (f"{defense}_{i}" for i in count(2)))
+        folder = next(self.dir / name for name in names if not (self.dir / name / "decision.json").exists())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "decision.json", decision)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ class Threat:
     malicious: tuple[int, ...]
     visible: tuple[int, ...]
     reference: UpdateSet
+
+    def __post_init__(self) -> None:
+        if hidden := set(self.malicious) - set(self.visible):
+            raise InputError(f"the adversary owns clients that it does not see: {sorted(hidden)}")
 
     @property
     def own(self) -> list[int]:
@@ -120,16 +128,22 @@ def aggregate(updates: UpdateSet, round: Round, defenses: Sequence[Defense] = ()
     return result
 
 
-def poison(updates: UpdateSet, attack: Attack, threat: Threat) -> UpdateSet:
+def poison(visible: UpdateSet, attack: Attack, threat: Threat) -> UpdateSet:
     """The rows that the adversary submits in place of its own, with their names and counts.
 
-    It is shown the visible rows and nothing else, and what it gives back replaces its own rows and no others.
+    Args:
+        visible: the rows of `threat.visible`, in that order: all that it is shown.
+        attack: with a `poison_model`.
+        threat: what it holds.
     """
     assert attack.poison_model is not None
-    poisoned = attack.poison_model(updates.rows(threat.visible), threat)
+    if len(visible) != len(threat.visible):
+        raise ValueError(f"{len(visible)} rows, but {len(threat.visible)} are visible")
+    poisoned = attack.poison_model(visible, threat)
+    check_same_layout(visible, poisoned)
     if len(poisoned) != len(threat.malicious):
         raise ValueError(f"the attack gave {len(poisoned)} rows for {len(threat.malicious)} malicious clients")
-    own = updates.rows(threat.malicious)
+    own = visible.rows(threat.own)
     return replace(poisoned, clients=own.clients, num_samples=own.num_samples)
 
 

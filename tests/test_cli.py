@@ -93,6 +93,10 @@ def test_aggregate_writes_nothing_for_bad_input(error_of, adapters, tmp_path):
         (["--num-samples", "a,b"], "give N,N,... or a JSON file"),
         (["--memory", "lots"], "cannot read 'lots'"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "use cpu or cuda"),
+        (["--defense=krum", "-D", "f=9"], "krum(f=9, m=1) needs n >= f + 3, got n=7"),
+        (["--defense", ""], "unknown defense ''"),
+        (["--memory", "0"], "at least 1 MiB"),
     ]:
         assert message in error_of(*start, *extra).replace("\n", " "), extra
     truncate(clients[2])
@@ -116,3 +120,21 @@ def test_other_bad_input(error_of, tmp_path):
     assert "no such configuration" in error_of("run", tmp_path / "none.yaml")
     assert "did you mean 'defenses'" in error_of("list", "defences")
     assert error_of("nonsense")
+    assert "[/a]: no such file" in error_of("aggregate", "[/a]", "--global", "[b]", "--out", "o").replace("[b]", "[/a]")
+    (tmp_path / "config.yaml").write_text("arms: {benign: {}}")
+    (tmp_path / "benign").mkdir()
+    (tmp_path / "benign" / "metrics.jsonl").write_text("{")
+    assert "was damaged" in error_of("report", tmp_path)
+    (tmp_path / "benign" / "metrics.jsonl").write_text("")
+    assert "no round of this run is finished" in error_of("report", tmp_path)
+
+
+def test_a_failed_aggregate_leaves_no_folders(error_of, adapters, tmp_path):
+    clients, server, _ = adapters
+    out = tmp_path / "a" / "b" / "c"
+    assert "needs n >= f + 3" in error_of(
+        "aggregate", *clients[:3], "--global", server, "--defense", "krum f=1", "--out", out
+    )
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    assert "cannot make" in error_of("aggregate", *clients, "--global", server, "--out", tmp_path / "file" / "x")

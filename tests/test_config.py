@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from fedllm_sec import InputError
-from fedllm_sec.config import Config, override_tree, resolve, to_yaml
+from fedllm_sec.config import Config, read_tree, resolve, to_yaml
 from fedllm_sec.federation.scale import choose_scale
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.tasks import task
@@ -19,7 +19,7 @@ EXP09 = ROOT / "configs" / "exp09_pythia_pubmedqa.yaml"
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("scale", ["paper", "local", "tiny"])
 def test_every_configuration_builds_all_that_it_names(path, scale):
-    config = resolve(path, [], scale)
+    config = resolve(path, ["federation.device=cpu"], scale)
     task.build(config.task.name, config.task.parameters)
     for arm in config.arms.values():
         build_methods(arm, config.federation)
@@ -102,7 +102,7 @@ def test_a_defense_that_cannot_work_fails_before_any_training():
 
 
 def choose(asked, overrides=()):
-    return choose_scale(asked, yaml.safe_load(EXP09.read_text()), override_tree(overrides))
+    return choose_scale(read_tree(EXP09, [f"scale={asked}", *overrides]))
 
 
 def test_auto_takes_the_embedded_scale_without_a_gpu_and_says_why(monkeypatch):
@@ -115,6 +115,13 @@ def test_auto_takes_the_embedded_scale_without_a_gpu_and_says_why(monkeypatch):
 
 def test_auto_takes_a_given_model():
     assert choose("auto", ["model.path=/some/folder"]).scale == "local"
+
+
+def test_a_misspelt_scale_is_an_error_and_a_model_in_the_file_is_seen():
+    with pytest.raises(InputError, match="unknown scale 'papre'; did you mean 'paper'"):
+        choose("papre")
+    assert choose_scale({"scale": "auto", "model": {"path": "/some/folder"}}).scale == "local"
+    assert choose_scale({"scale": "local", "model": {"path": "/some/folder"}}).scale == "local"
 
 
 def test_paper_is_never_substituted_and_local_needs_a_model():

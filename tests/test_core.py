@@ -45,7 +45,7 @@ def test_an_attack_sees_the_visible_rows_and_may_not_give_back_others():
     updates = stacked(ROWS)
     threat = Threat(Round(), malicious=(2,), visible=(2, 5), reference=stacked(ROWS[:1]))
     with pytest.raises(ValueError, match="gave 2 rows for 1 malicious"):
-        poison(updates, Attack(poison_model=poison_model), threat)
+        poison(updates.rows([2, 5]), Attack(poison_model=poison_model), threat)
     assert seen == [("client_2", "client_5")]
 
 

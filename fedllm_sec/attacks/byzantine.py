@@ -31,7 +31,7 @@ def byzantine(
     def poison_model(visible: UpdateSet, threat: Threat) -> UpdateSet:
         own = visible.rows(threat.own)
         if mode == "flip":
-            return own.mix(-scale * torch.eye(len(own)))
+            return own.mix(-scale * torch.eye(len(own), dtype=torch.float64))
         return weights_to_updates(random_weights(own, threat) if mode == "random" else zero_weights(own), threat)
 
     def random_weights(own: UpdateSet, threat: Threat) -> UpdateSet:

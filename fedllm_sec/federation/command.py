@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from fedllm_sec.federation.world import World
 from fedllm_sec.terminal import console
@@ -15,22 +16,26 @@ from fedllm_sec.updates.errors import InputError
 
 
 def run_recipe(path: Path, overrides: Sequence[str], *, resume: bool) -> int:
-    """`run_command` for a script: an error that the user can mend is one line; return the exit code."""
+    """`run_command` for a script: an error that the user can mend is told once; return the exit code.
+
+    (`accelerate launch` makes 1 of any exit code but 0, and adds a traceback of its own.)
+    """
+    world = World.from_environment()
     try:
-        run_command(path, overrides, resume=resume)
+        run_command(path, overrides, world, resume=resume)
     except InputError as error:
-        console.print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        if world.is_first(str(error)):
+            console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     return 0
 
 
-def run_command(path: Path, overrides: Sequence[str], *, resume: bool) -> None:
+def run_command(path: Path, overrides: Sequence[str], world: World, *, resume: bool) -> None:
     """Run the experiment of a configuration file in the processes of this launch.
 
     Raises:
         InputError: for anything wrong with configuration or data.
     """
-    world = World.from_environment()
     quieten(world)  # before the heavy imports, some of which talk
     from fedllm_sec.federation.experiment import load_config, run_experiment
     from fedllm_sec.reports.page import report

@@ -1,10 +1,11 @@
 """A whole experiment: the same model, data and seeds for every arm, and a report at the end."""
 
 import gc
+import hashlib
 import logging
+import math
 import os
 import platform
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from fedllm_sec.config import Config, override_tree, read_tree, resolve, to_yaml
+from fedllm_sec.config import Config, read_tree, resolve, to_yaml
 from fedllm_sec.core import derived_seed
 from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.loop import Arm, prepare_arm
 from fedllm_sec.federation.partition import partition
-from fedllm_sec.federation.run_folder import ArmFolder, claim
+from fedllm_sec.federation.run_folder import ArmFolder, check_free, claim
 from fedllm_sec.federation.scale import choose_scale
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.federation.trackers import check_trackers
@@ -28,8 +29,7 @@ from fedllm_sec.tasks.encoding import encode, shortened
 from fedllm_sec.tasks.task import Example, Task, task
 from fedllm_sec.terminal import console
 from fedllm_sec.training.base_model import BaseModel, load_base, prepare_base
-from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.files import write_json
+from fedllm_sec.updates.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,15 @@ class Data:
     shards: list[list[Example]]
     test: Sequence[Example]
 
+    def digest(self) -> str:
+        """A hash of every text and who has it."""
+        digest = hashlib.sha256()
+        for rows in (*self.shards, self.test):
+            for row in rows:
+                digest.update(repr(row).encode())
+            digest.update(b"|")
+        return digest.hexdigest()
+
 
 def load_config(path: Path, overrides: Sequence[str], world: World) -> Config:
     """Read a configuration, choose its scale, and say which.
@@ -51,8 +60,7 @@ def load_config(path: Path, overrides: Sequence[str], world: World) -> Config:
     Raises:
         InputError: for anything wrong with it.
     """
-    tree = read_tree(path, overrides)
-    choice = choose_scale(str(tree.get("scale", "auto")), tree, override_tree(overrides))
+    choice = choose_scale(read_tree(path, overrides))
     config = resolve(path, overrides, choice.scale)
     if world.is_main:
         console.print(f"[bold]scale={choice.scale}[/bold]: {choice.reason}", highlight=False, soft_wrap=True)
@@ -70,17 +78,17 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     Raises:
         InputError: for anything that is wrong with the configuration or the data, before any training.
     """
-    began = time.perf_counter()
     check_trackers(config.trackers)
     methods = {name: build_methods(arm, config.federation) for name, arm in config.arms.items()}
     work = task.build(config.task.name, config.task.parameters)
-    data = load_data(config, work)
     folder = Path(config.out or f"runs/{config.name}-{config.scale}")
-    if world.is_main:
-        claim(folder, to_yaml(config), resume=resume)
-    world.wait()
+    check_free(folder, to_yaml(config), resume=resume)
+    data = load_data(config, work)
     base = load_base_once(config, world)
     max_length = check_lengths(base, work, data, world)
+    if world.is_main:
+        claim(folder, to_yaml(config))
+    world.wait()
     evaluate = Evaluator(
         base,
         encode(data.test, base.tokenizer, max_length),
@@ -89,6 +97,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
         config.training.threads,
         world,
     )
+    here = environment(base, data, world)
     if config.training.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fresh = base.adapter()
@@ -97,11 +106,11 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
         place = ArmFolder(folder / name)
         if world.is_main:
             alone = config.model_copy(update={"arms": {name: arm}})
-            prepare_arm(place, to_yaml(alone), environment(base, world), fresh, base.adapter_config())
+            prepare_arm(place, to_yaml(alone), here, fresh, base.adapter_config())
         world.wait()
         Arm(name, arm, methods[name], config, place, world, base, data.shards, max_length, evaluate).run()
     if world.is_main:
-        write_json(folder / "summary.json", summary(config, folder, time.perf_counter() - began))
+        write_json(folder / "summary.json", summary(config, folder))
     world.wait()
     return folder
 
@@ -162,14 +171,14 @@ def check_lengths(base: BaseModel, work: Task, data: Data, world: World) -> int:
     limit = min(work.max_length, base.context or work.max_length)
     if limit < work.max_length and world.is_main:
         logger.warning("task.max_length=%d, but the model reads %d tokens: using %d", work.max_length, limit, limit)
-    for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
-        report = shortened(encode(examples, base.tokenizer, limit), limit)
-        if world.is_main:
+    if world.is_main:
+        for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
+            report = shortened(examples, base.tokenizer, limit)
             console.print(f"{name}: {report.texts} texts; {report}", highlight=False, soft_wrap=True)
     return limit
 
 
-def environment(base: BaseModel, world: World) -> dict[str, Any]:
+def environment(base: BaseModel, data: Data, world: World) -> dict[str, Any]:
     """On what a run ran."""
     versions: dict[str, str | None] = {}
     for package in PACKAGES:
@@ -186,18 +195,14 @@ def environment(base: BaseModel, world: World) -> dict[str, Any]:
         "processes": world.size,
         "sharded": world.sharded,
         "base": base.description,
+        "data": data.digest(),
         "packages": versions,
     }
 
 
-def summary(config: Config, folder: Path, seconds: float) -> dict[str, Any]:
-    """The last value of each metric, by arm."""
+def summary(config: Config, folder: Path) -> dict[str, Any]:
+    """The last value of each metric, by arm, and the time of all rounds, resumed or not."""
     last = {name: ArmFolder(folder / name).metrics(config.federation.rounds) or {} for name in config.arms}
     numbers = {arm: {k: v for k, v in row.items() if isinstance(v, int | float)} for arm, row in last.items()}
-    return {**numbers, "wall_seconds": round(seconds, 1)}
-
-
-def check_finished(folder: Path) -> None:
-    """Raise InputError unless a folder holds a run that came to its end."""
-    if not (folder / "summary.json").is_file():
-        raise InputError(f"{folder}: holds no finished run (no summary.json); finish it with --resume")
+    times = [read_json(path)["round_seconds"] for path in folder.glob("*/round_*/timing.json")]
+    return {**numbers, "wall_seconds": round(math.fsum(times), 1)}

@@ -1,5 +1,6 @@
 """One arm: rounds of local training, the server's step and evaluation. Every arrow between two steps is a file."""
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -9,18 +10,22 @@ from typing import Any
 from torch import Tensor
 
 from fedllm_sec.config import ArmSettings, Config
-from fedllm_sec.core import Round
+from fedllm_sec.core import Round, Threat
 from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.progress import RoundProgress, StepCallback
 from fedllm_sec.federation.run_folder import ArmFolder, client_name, load_adapter, save_adapter
-from fedllm_sec.federation.server import Methods, malicious_clients, server_step, threat_of
+from fedllm_sec.federation.server import Methods, malicious_clients, server_step, visible_clients
 from fedllm_sec.federation.trackers import Trackers
 from fedllm_sec.federation.world import World
-from fedllm_sec.tasks.encoding import Encoded, encode
+from fedllm_sec.tasks.encoding import TrainingRows
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.client import Turn, train_client
+from fedllm_sec.updates.admit import open_updates
+from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,19 +82,19 @@ class Arm:
         for client in self.world.share(range(len(self.shards))):
             turn, samples, seed = self.train(index, client, received, progress)
             if self.world.is_main or not self.world.sharded:
-                claims = {"client": client_name(client), "round": index, "num_samples": samples, "loss": turn.loss}
-                claims |= {"steps": turn.steps, "seconds": turn.seconds, "seed": seed}
+                claims = {"client": client_name(client), "round": index, "num_samples": samples, "seed": seed}
+                claims |= {"loss": finite(turn.loss), "steps": turn.steps, "seconds": turn.seconds}
                 save_adapter(turn.adapter, self.base.adapter_config(), self.folder.client(index, client), client=claims)
         self.world.wait()
         return self.serve(index, time.perf_counter() - began) if self.world.is_main else {}
 
     def train(self, index: int, client: int, received: Any, progress: RoundProgress) -> tuple[Turn, int, int]:
         """One client's turn; also its sample count and its seed."""
-        encoded = self.encoded(index, client)
+        rows = self.rows(index, client)
         seed = self.round(index).seed_for(client_name(client), "train")
         turn = train_client(
             self.base,
-            encoded,
+            rows,
             received,
             self.config.training,
             seed=seed,
@@ -100,17 +105,18 @@ class Arm:
         if self.world.sharded:  # each process saw its own part of every batch
             losses = self.world.gather(turn.loss)
             turn = turn._replace(loss=math.fsum(losses) / len(losses))
-        return turn, len(encoded), seed
+        return turn, len(rows), seed
 
-    def encoded(self, index: int, client: int) -> list[Encoded]:
+    def rows(self, index: int, client: int) -> TrainingRows:
         """What a client trains on in a round: its own texts, or what the adversary makes of them."""
         examples = self.shards[client]
         malicious = malicious_clients(self.settings, len(self.shards), self.config.seed, index)
         if self.methods.attack and self.methods.attack.poison_data and client in malicious:
-            reference = self.folder.global_adapter(index - 1)
-            threat = threat_of(self.settings, malicious, len(self.shards), self.round(index), reference)
+            visible = visible_clients(self.settings, malicious, len(self.shards))
+            reference = open_updates([self.folder.global_adapter(index - 1)])
+            threat = Threat(self.round(index), malicious, visible, reference)
             examples = self.methods.attack.poison_data(examples, threat)
-        return encode(examples, self.base.tokenizer, self.max_length)
+        return TrainingRows(examples, self.base.tokenizer, self.max_length)
 
     def serve(self, index: int, training_wall: float) -> dict[str, Any]:
         """The server's step, on the main process."""
@@ -120,18 +126,15 @@ class Arm:
             self.folder, self.round(index), self.settings, self.methods, federation, self.config.seed
         )
         claims = [read_json(self.folder.client(index, k) / "client.json") for k in range(len(self.shards))]
-        write_json(
-            self.folder.round(index) / "timing.json",
-            {
-                "processes": self.world.size,
-                "trainer_seconds": math.fsum(claim["seconds"] for claim in claims),
-                "training_wall_seconds": training_wall,
-                "server_seconds": time.perf_counter() - began,
-            },
-        )
+        times = {
+            "trainer_seconds": math.fsum(claim["seconds"] for claim in claims),
+            "training_wall_seconds": training_wall,
+            "server_seconds": time.perf_counter() - began,
+        }
         attacked = self.settings.attack is not None
         malicious = malicious_clients(self.settings, len(self.shards), self.config.seed, index) if attacked else ()
         return {
+            "times": times,
             "malicious": [client_name(client) for client in malicious],
             "refused": {refusal.client: refusal.reason for refusal in refusals},
             "decisions": {
@@ -147,12 +150,15 @@ class Arm:
         """Evaluate the round's global adapter and write the metrics, which makes the round whole; return them."""
         self.world.wait()
         measured = self.evaluate(self.folder.global_adapter(index))
-        metrics = {key: value if math.isfinite(value) else None for key, value in measured.items()}  # JSON has no NaN
+        metrics = {key: finite(value) for key, value in measured.items()}
+        seconds = time.perf_counter() - began
         if self.world.is_main:
             self.folder.round(index).mkdir(exist_ok=True)
+            times = {"processes": self.world.size, **facts.pop("times", {}), "round_seconds": seconds}
+            write_json(self.folder.round(index) / "timing.json", times)
             self.folder.finish_round(index, {"round": index, **metrics, **facts})
         shown = "  ".join(f"{key} {value:.4g}" for key, value in measured.items() if key != "majority_accuracy")
-        progress.end_round(index, f"{self.name:>9} round {index}: {shown}  ({time.perf_counter() - began:.1f} s)")
+        progress.end_round(index, f"{self.name:>9} round {index}: {shown}  ({seconds:.1f} s)")
         self.world.wait()
         return metrics
 
@@ -170,13 +176,26 @@ class Arm:
         return math.ceil(len(self.shards[client]) / together * training.epochs)
 
 
+def finite(value: float) -> float | None:
+    """The value, or None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
 def prepare_arm(
     folder: ArmFolder, config: str, environment: dict[str, Any], adapter: dict[str, Tensor], lora: dict[str, Any]
 ) -> None:
     """Write what an arm begins with: its configuration, its environment and the first global adapter."""
     folder.path.mkdir(exist_ok=True)
-    if not (folder.path / "environment.json").exists():
+    known = folder.path / "environment.json"
+    if known.exists():
+        before = read_json(known)
+        if before["data"] != environment["data"]:
+            raise InputError(f"{folder.path}: the data is not what this run began with; it cannot be resumed")
+        if changed := sorted(key for key in environment if environment[key] != before.get(key)):
+            logger.warning("%s: resumed in another environment: %s", folder.path, ", ".join(changed))
+            write_json(folder.path / "environment_resumed.json", environment)
+    else:
         write_text(folder.path / "config.yaml", config)
-        write_json(folder.path / "environment.json", environment)
+        write_json(known, environment)
     if not folder.global_adapter(0).exists():
         save_adapter(adapter, lora, folder.global_adapter(0))

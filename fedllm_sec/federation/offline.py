@@ -1,10 +1,13 @@
 """Aggregate a folder of adapters that somebody sent, without a federation."""
 
 import json
+import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from fedllm_sec.config import override_tree
@@ -14,7 +17,10 @@ from fedllm_sec.registry import defense
 from fedllm_sec.updates.admit import open_updates
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import atomic_folder, read_json, write_json
+from fedllm_sec.updates.sources import ADAPTER_CONFIG
 from fedllm_sec.updates.update_set import UpdateSet
+
+logger = logging.getLogger(__name__)
 
 Chain = Sequence[tuple[str, Mapping[str, Any]]]
 
@@ -53,6 +59,8 @@ def aggregate_adapters(
     defenses = [defense.build(name, parameters) for name, parameters in chain]
     updates = open_updates(clients, reference=reference, num_samples=num_samples, device=device, memory=memory)
     base = open_updates([reference], device=device, memory=memory)
+    if not (reference / ADAPTER_CONFIG).is_file():
+        logger.warning("%s has no %s: PEFT will not load %s before one is put there", reference, ADAPTER_CONFIG, out)
     with atomic_folder(out) as partial:
         result = aggregate(updates, Round(dir=partial, seed=seed), defenses)
         fill_adapter_folder(result.add(base), reference, [partial])
@@ -83,7 +91,7 @@ def decision_table(decision: Mapping[str, Any]) -> Table:
         table.add_column(f"{name} score", justify="right")
         table.add_column("kept")
     for i, client in enumerate(decision["clients"]):
-        row = [client, f"{decision['num_samples'][i]:g}", f"{decision['norms'][i]:.4g}"]
+        row = [escape(client), f"{decision['num_samples'][i]:g}", f"{decision['norms'][i]:.4g}"]
         for d in judged.values():
             score = d["scores"].get(client)
             row += ["" if score is None else f"{score:.4g}", "[green]yes[/green]" if client in d["kept"] else "no"]
@@ -112,6 +120,6 @@ def parse_chain(texts: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """`["krum f=1 m=2"]` -> `[("krum", {"f": 1, "m": 2})]`; the registry checks names and values."""
     chain = []
     for text in texts:
-        name, *pairs = text.split()
+        name, *pairs = shlex.split(text) or [""]
         chain.append((name, override_tree(pairs)))
     return chain

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.files import PARTIAL, atomic_folder, read_json, write_json, write_text
+from fedllm_sec.updates.files import PARTIAL, atomic_folder, delete_partials, read_json, write_json, write_text
 from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
 from fedllm_sec.updates.update_set import UpdateSet
 
@@ -48,11 +48,6 @@ class ArmFolder:
         """Delete what is there of a round that is not whole."""
         shutil.rmtree(self.round(index), ignore_errors=True)
         shutil.rmtree(self.global_adapter(index), ignore_errors=True)
-        for partial in list(self.path.rglob(f"*{PARTIAL}")):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink(missing_ok=True)
 
     def finish_round(self, index: int, metrics: Mapping[str, Any]) -> None:
         """Write all rounds' metrics anew, one line each, and then this round's own, which makes it whole."""
@@ -95,19 +90,27 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def claim(folder: Path, config: str, *, resume: bool) -> None:
-    """Make a run's folder ours, or go on in it; `config` is the text of the configuration that runs.
+def check_free(folder: Path, config: str, *, resume: bool) -> None:
+    """Make sure that a run of this configuration may go into a folder, before any work.
 
     Raises:
-        InputError: if the folder holds a run already and `resume` is not set, or holds another run.
+        InputError: if the folder holds a run already and `resume` is not set, or holds another run, or other things.
     """
     path = folder / "config.yaml"
-    if folder.exists() and any(folder.iterdir()):
-        if not path.is_file():
-            raise InputError(f"{folder}: is not empty and holds no run; choose another with out=FOLDER")
-        if not resume:
-            raise InputError(f"{folder}: holds a run already; go on with --resume, or choose another with out=FOLDER")
-        if path.read_text(encoding="utf-8") != config:
-            raise InputError(f"{folder}: holds a run of another configuration ({path}); choose another with out=FOLDER")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; choose a folder with out=FOLDER")
+    if not folder.exists() or all(entry.name.endswith(PARTIAL) for entry in folder.iterdir()):
+        return
+    if not path.is_file():
+        raise InputError(f"{folder}: is not empty and holds no run; choose another with out=FOLDER")
+    if not resume:
+        raise InputError(f"{folder}: holds a run already; go on with --resume, or choose another with out=FOLDER")
+    if path.read_text(encoding="utf-8") != config:
+        raise InputError(f"{folder}: holds a run of another configuration ({path}); choose another with out=FOLDER")
+
+
+def claim(folder: Path, config: str) -> None:
+    """Make a run's folder ours; what a killed run left half-written goes."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, config)
+    delete_partials(folder)
+    write_text(folder / "config.yaml", config)

@@ -1,11 +1,12 @@
 """Which scale of an experiment this machine can run, said out loud."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
-from fedllm_sec.config import EMBEDDED
+from fedllm_sec.config import EMBEDDED, Scale
+from fedllm_sec.registry import did_you_mean
 from fedllm_sec.updates.errors import InputError
 
 PAPER_GPU_MEMORY = 12 * 2**30  # Pythia-1B in bfloat16 with activations of 8 x 1024 tokens
@@ -18,30 +19,31 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose_scale(asked: str, tree: Mapping[str, Any], overrides: Mapping[str, Any]) -> Choice:
+def choose_scale(tree: Mapping[str, Any]) -> Choice:
     """Take the scale that was asked for, or for `auto` the largest that can run here.
 
     Args:
-        asked: `auto`, `paper`, `local` or `tiny`.
-        tree: the configuration file.
-        overrides: what the command line changes.
+        tree: the configuration with what the command line changes.
 
     Raises:
-        InputError: if the scale that was asked for cannot run; nothing is ever substituted for it.
+        InputError: if there is no such scale, or it lacks something; nothing is ever substituted for it.
     """
+    asked = tree.get("scale", "auto")
+    if asked not in get_args(Scale):
+        raise InputError(f"unknown scale {asked!r}{did_you_mean(str(asked), dict.fromkeys(get_args(Scale)))}")
     if asked == "tiny":
         return Choice("tiny", "as asked")
     if asked == "paper":
         return Choice("paper", "as asked")
-    has_model = overrides.get("model", {}).get("path", EMBEDDED) != EMBEDDED
+    has_model = branch(tree, "model").get("path", EMBEDDED) != EMBEDDED
     if asked == "local":
         if not has_model:
             raise InputError("scale=local needs model.path=FOLDER_OR_GGUF (and data.train=FILE, data.test=FILE)")
         return Choice("local", "as asked")
     if has_model:
         return Choice("local", "model.path is given")
-    paper = tree.get("scales", {}).get("paper", {})
-    why_not = why_not_paper(paper.get("model", {}).get("path", ""), paper.get("data", {}))
+    paper = branch(tree, "scales", "paper")
+    why_not = why_not_paper(branch(paper, "model").get("path", ""), branch(paper, "data"))
     if why_not is None:
         return Choice("paper", "there is a GPU, and model and data can be had")
     return Choice(
@@ -50,6 +52,14 @@ def choose_scale(asked: str, tree: Mapping[str, Any], overrides: Mapping[str, An
         "that the project makes, stands in: the curves show the mechanism, not Pythia's figures. For the real thing: "
         "scale=paper on a machine with a GPU, or model.path=... data.train=... data.test=...",
     )
+
+
+def branch(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """What lies under some keys, where it is a mapping; else an empty one (the schema is checked elsewhere)."""
+    for key in keys:
+        below = tree.get(key)
+        tree = below if isinstance(below, Mapping) else {}
+    return tree
 
 
 def why_not_paper(model: str, data: Mapping[str, Any]) -> str | None:

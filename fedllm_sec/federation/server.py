@@ -1,8 +1,11 @@
 """The server's step of a round: admit, let the adversary rewrite its rows, defend, aggregate, save."""
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -12,9 +15,12 @@ from fedllm_sec.core import Attack, Defense, Round, Threat, aggregate, derived_s
 from fedllm_sec.federation.run_folder import ArmFolder, client_name, save_updates
 from fedllm_sec.registry import attack, defense
 from fedllm_sec.updates.admit import Refusal, RefusedError, admit, open_updates, stack_updates
+from fedllm_sec.updates.device import Budget
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json
 from fedllm_sec.updates.update_set import UpdateSet
+
+logger = logging.getLogger(__name__)
 
 
 class Methods(NamedTuple):
@@ -32,6 +38,7 @@ def build_methods(arm: ArmSettings, federation: FederationSettings) -> Methods:
             so many clients; all before any work.
     """
     malicious_clients(arm, federation.clients, seed=0, index=1)
+    Budget.of(federation.memory, federation.device)
     methods = Methods(
         attack.build(arm.attack.name, arm.attack.parameters) if arm.attack else None,
         tuple(defense.build(method.name, method.parameters) for method in arm.defenses),
@@ -54,12 +61,6 @@ def malicious_clients(arm: ArmSettings, clients: int, seed: int, index: int) -> 
     return tuple(sorted(torch.randperm(clients, generator=generator)[: arm.malicious].tolist()))
 
 
-def threat_of(arm: ArmSettings, malicious: tuple[int, ...], clients: int, round: Round, reference: Path) -> Threat:
-    """What the adversary holds and sees in a round."""
-    visible = malicious if arm.visible == "own" else tuple(range(clients))
-    return Threat(round, malicious, visible, open_updates([reference]))
-
-
 def server_step(
     folder: ArmFolder, round: Round, arm: ArmSettings, methods: Methods, settings: FederationSettings, seed: int
 ) -> tuple[Refusal, ...]:
@@ -69,20 +70,13 @@ def server_step(
         RefusedError: if an update does not pass the gate and the policy is `stop`.
         InputError: if too few clients are left for a defense.
     """
-    clients = range(settings.clients)
     reference = folder.global_adapter(round.index - 1)
-    sent = [folder.client(round.index, client) for client in clients]
-    counts = [read_json(path / "client.json")["num_samples"] for path in sent]
-    received = list(sent)
-    if methods.attack and methods.attack.poison_model:
-        malicious = malicious_clients(arm, settings.clients, seed, round.index)
-        threat = threat_of(arm, malicious, settings.clients, round, reference)
-        honest = open_updates(sent, reference=reference, num_samples=counts, memory=settings.memory)
-        poisoned = poison(honest, methods.attack, threat).add(threat.reference)
-        targets = [folder.poisoned(round.index, client) for client in malicious]
-        save_updates(poisoned, reference, targets)
-        for client, target in zip(malicious, targets, strict=True):
-            received[client] = target
+    received = [folder.client(round.index, client) for client in range(settings.clients)]
+    counts = [read_json(path / "client.json")["num_samples"] for path in received]
+    malicious = malicious_clients(arm, settings.clients, seed, round.index)
+    if methods.attack and methods.attack.poison_model and malicious:
+        for client, path in let_the_adversary_act(folder, round, arm, methods.attack, malicious, counts, settings):
+            received[client] = path
     updates, refusals = admitted(received, reference, counts, settings)
     if settings.weights == "equal":
         updates = updates.weighted_equally()
@@ -90,6 +84,54 @@ def server_step(
     base = open_updates([reference], device=settings.device, memory=settings.memory)
     save_updates(result.add(base), reference, [folder.global_adapter(round.index)])
     return refusals
+
+
+def let_the_adversary_act(
+    folder: ArmFolder,
+    round: Round,
+    arm: ArmSettings,
+    attack: Attack,
+    malicious: tuple[int, ...],
+    counts: Sequence[float],
+    settings: FederationSettings,
+) -> list[tuple[int, Path]]:
+    """Write what the adversary's clients submit, and return where; it is shown what it may see and nothing else.
+
+    A client whose own update is not fit for the gate (its training diverged) is left as it is: the gate refuses it.
+    """
+    reference = folder.global_adapter(round.index - 1)
+    visible = visible_clients(arm, malicious, settings.clients)
+    sent = [folder.client(round.index, client) for client in visible]
+    memory, device = settings.memory, settings.device
+    try:
+        seen, _ = admit(
+            sent, reference=reference, num_samples=[counts[i] for i in visible], memory=memory, device=device
+        )
+    except RefusedError:
+        return []
+    passed = tuple(client for client in visible if client_name(client) in seen.clients)
+    own = tuple(client for client in malicious if client in passed)
+    if not own:
+        return []
+    threat = Threat(round, own, passed, open_updates([reference], memory=memory, device=device))
+    targets = [folder.poisoned(round.index, client) for client in own]
+    save_updates(poison(seen, attack, threat).add(threat.reference), reference, targets)
+    return list(zip(own, targets, strict=True))
+
+
+def visible_clients(arm: ArmSettings, malicious: tuple[int, ...], clients: int) -> tuple[int, ...]:
+    """The clients whose updates the adversary sees."""
+    return malicious if arm.visible == "own" else tuple(range(clients))
+
+
+def largest_claim(counts: Sequence[float], settings: FederationSettings) -> float:
+    """What a claim counts as at most: so many times the median claim; say so where it bites."""
+    if settings.sample_cap is None:
+        return math.inf
+    most = settings.sample_cap * median(counts)
+    if max(counts) > most:
+        logger.warning("a client claims %g samples; it counts as %g (federation.sample_cap)", max(counts), most)
+    return most
 
 
 def admitted(
@@ -100,7 +142,7 @@ def admitted(
         received,
         reference=reference,
         num_samples=counts,
-        max_samples=settings.max_samples or float("inf"),
+        max_samples=largest_claim(counts, settings),
         device=settings.device,
         memory=settings.memory,
     )

@@ -6,6 +6,7 @@ their environment. Otherwise processes train *different clients at once*: each m
 key-value store alone. What they exchange are files.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -76,6 +77,10 @@ class World:
         """Go on when everybody is here."""
         self.gather(None)
 
+    def is_first(self, text: str) -> bool:
+        """Whether no other process has asked this of the same text."""
+        return self.store is None or int(self.store.add(f"first/{hash_of(text)}", 1)) == 1
+
     def tell(self, key: str, value: float) -> None:
         """Leave a number for whoever asks; waits for nobody."""
         if self.store is not None:
@@ -86,6 +91,11 @@ class World:
         if self.store is None or not self.store.check([f"told/{key}"]):
             return None
         return float(self.store.get(f"told/{key}"))
+
+
+def hash_of(text: str) -> str:
+    """A key for a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def take_one_gpu(local_rank: int) -> None:

@@ -1,5 +1,6 @@
 """One self-contained HTML page: table, figures, who was kept in each round, and the configuration."""
 
+from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from fedllm_sec.reports.figure import TITLES, draw
 from fedllm_sec.reports.read import Curve, Run, label, read_run
 from fedllm_sec.reports.table import rows
+from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_text
 
 STYLE = """
@@ -15,7 +17,7 @@ table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
-.figures svg { width: 100%; height: auto; }
+.figures img { width: 100%; height: auto; }
 .kept { background: #d8f0e2; } .malicious { color: #b3261e; font-weight: 600; }
 td.client { text-align: center; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
@@ -34,11 +36,19 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     """
     runs = [read_run(folder) for folder in folders]
     out = out or folders[0] / "report"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {out}: {error}") from None
     measured = [metric for metric in TITLES if metric in runs[0].curves[0].last]
-    drawings = [draw(runs, metric, out)[1].read_text(encoding="utf-8") for metric in measured]
-    write_text(out / "index.html", page(runs, [svg[svg.index("<svg") :] for svg in drawings]))
+    drawings = {metric: draw(runs, metric, out)[1] for metric in measured}
+    write_text(out / "index.html", page(runs, [image(TITLES[metric], svg) for metric, svg in drawings.items()]))
     return out / "index.html"
+
+
+def image(title: str, svg: Path) -> str:
+    """A drawing as part of the page, its names its own."""
+    return f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{b64encode(svg.read_bytes()).decode()}'>"
 
 
 def page(runs: Sequence[Run], drawings: Sequence[str]) -> str:
@@ -101,5 +111,5 @@ def round_line(row: dict[str, object], clients: Sequence[str]) -> str:
 
 
 def score_text(score: float | None) -> str:
-    """`12.3`; a client that was refused has none."""
-    return "refused" if score is None else f"{score:.3g}"
+    """`12.3`; a client that was refused, or a defense without scores, has none."""
+    return "" if score is None else f"{score:.3g}"

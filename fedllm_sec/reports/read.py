@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from fedllm_sec.updates.errors import InputError
 
 
@@ -38,18 +40,20 @@ def read_run(folder: Path) -> Run:
     Raises:
         InputError: if the folder holds no run, or none of its rounds is whole.
     """
-    import yaml
-
     path = folder / "config.yaml"
     if not path.is_file():
         raise InputError(f"{folder}: holds no run (no config.yaml)")
-    text = path.read_text(encoding="utf-8")
-    files = {arm: folder / arm / "metrics.jsonl" for arm in yaml.safe_load(text)["arms"]}
-    curves = [
-        Curve(arm, [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()])
-        for arm, file in files.items()
-        if file.is_file()
-    ]
+    try:
+        text = path.read_text(encoding="utf-8")
+        files = {arm: folder / arm / "metrics.jsonl" for arm in yaml.safe_load(text)["arms"]}
+        rounds = {
+            arm: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            for arm, file in files.items()
+            if file.is_file()
+        }
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder}: is not a run of ours, or was damaged ({type(error).__name__}: {error})") from None
+    curves = [Curve(arm, rows) for arm, rows in rounds.items() if rows]
     if not curves:
         raise InputError(f"{folder}: no round of this run is finished yet")
     return Run(folder, text, curves)

@@ -21,7 +21,7 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     shown = [column for column in COLUMNS if column[0] in first]
 
     def cells(row: Mapping[str, Any]) -> list[str]:
-        return [form.format(row[key]) if row.get(key) is not None else "diverged" for key, _, form in shown]
+        return [cell(row, key, form) for key, _, form in shown]
 
     head = ["arm", "round", *(title for _, title, _ in shown)]
     body = [["before training", "0", *cells(first)]]
@@ -31,6 +31,13 @@ def rows(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         for curve in run.curves
     ]
     return head, body
+
+
+def cell(row: Mapping[str, Any], key: str, form: str) -> str:
+    """A metric in words."""
+    if key not in row:
+        return "-"
+    return "diverged" if row[key] is None else form.format(row[key])
 
 
 def results_table(runs: Sequence[Run]) -> Table:

@@ -5,10 +5,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.updates.errors import InputError
 
+TOGETHER = 1000  # texts encoded at once
 IGNORED = -100  # a label that carries no loss, by torch's convention
 
 
@@ -74,17 +76,29 @@ def first_tokens(tokenizer: Any) -> list[int]:
     return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
 
-def shortened(encoded: Sequence[Encoded], limit: int) -> Shortened:
-    """Count the texts that were cut."""
-    return Shortened(len(encoded), sum(item.cut > 0 for item in encoded), limit)
+def shortened(examples: Sequence[Example], tokenizer: Any, limit: int) -> Shortened:
+    """Encode all texts once, to count those that are cut and to fail early on those that do not fit; keep nothing."""
+    cut = 0
+    for start in range(0, len(examples), TOGETHER):
+        cut += sum(item.cut > 0 for item in encode(examples[start : start + TOGETHER], tokenizer, limit))
+    return Shortened(len(examples), cut, limit)
 
 
-def training_rows(encoded: Sequence[Encoded]) -> list[dict[str, list[int]]]:
-    """Rows for `transformers.Trainer`: the loss is on the response only."""
-    return [
-        {"input_ids": item.prompt + item.response, "labels": [IGNORED] * len(item.prompt) + item.response}
-        for item in encoded
-    ]
+class TrainingRows(Dataset[dict[str, list[int]]]):
+    """Rows for `transformers.Trainer`: the loss is on the response only.
+
+    A text is encoded when it is asked for: a round looks at a few of the many that a client may have.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int):
+        self.examples, self.tokenizer, self.max_length = examples, tokenizer, max_length
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        (item,) = encode([self.examples[index]], self.tokenizer, self.max_length)
+        return {"input_ids": item.prompt + item.response, "labels": [IGNORED] * len(item.prompt) + item.response}
 
 
 class Collator:

@@ -1,5 +1,6 @@
 """PubMedQA: a biomedical question, an abstract without its conclusion, and yes, no or maybe."""
 
+import gzip
 import json
 import logging
 import re
@@ -16,6 +17,7 @@ from fedllm_sec.updates.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 LABELS = ("yes", "no", "maybe")
 EMBEDDED_ROWS = {"train": (700, 1), "test": (160, 2)}  # how many, from which seed
 INSTRUCTION = (
@@ -42,15 +44,21 @@ def pubmedqa(
     the shorter `Abstract: ... Question: ... Answer:`.
     """
 
+    needed = {
+        "decision_and_answer": ("final_decision", "long_answer"),
+        "answer": ("long_answer",),
+        "decision": ("final_decision",),
+    }
+
     def example(row: Row) -> Example:
-        context, question, decision, answer = fields_of(row, needs_decision=response != "answer")
+        context, question, decision, answer = fields_of(row, needed[response])
         if prompt == "question":
             head, tail, lead = "Abstract: ", f"\nQuestion: {question}\nAnswer:", " "
         else:
             head = f"{INSTRUCTION}\n\n### Instruction:\n{question}\n\n### Input:\n"
             tail, lead = "\n\n### Response:\n", ""
         text = {"decision": decision, "answer": answer, "decision_and_answer": f"{decision}. {answer}"}[response]
-        return Example(head, context, tail, lead + text, LABELS.index(decision) if decision else None)
+        return Example(head, context, tail, lead + text, LABELS.index(decision) if decision in LABELS else None)
 
     def read(source: str, split: str) -> Sequence[Example]:
         return [example(row) for row in rows_of(source, split)]
@@ -67,8 +75,8 @@ def rows_of(source: str, split: str) -> Sequence[Row]:
     if source == EMBEDDED:
         count, seed = EMBEDDED_ROWS[split]
         return records(count, seed=seed)
-    rows: Sequence[Row] = local_rows(Path(source)) if Path(source).suffix else hub_rows(source)
-    if len(rows) and "abstract" in rows[0]:
+    rows = local_rows(Path(source)) if source.endswith(ENDINGS) or Path(source).exists() else hub_rows(source)
+    if len(rows) and isinstance(rows[0], Mapping) and "abstract" in rows[0]:
         rows = with_conclusions(rows)
     if not len(rows):
         raise InputError(f"data.{split}={source}: has no rows")
@@ -81,12 +89,18 @@ def local_rows(path: Path) -> Sequence[Row]:
 
     if not path.is_file():
         raise InputError(f"{path}: no such data file")
-    if path.name.endswith(".json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        if path.suffix == ".parquet":
+            loaded: Sequence[Row] = datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return loaded
+        opened = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" in path.suffixes:
+                return [json.loads(line) for line in file if line.strip()]
+            content = json.load(file)
         return content if isinstance(content, list) else [{"pubid": key, **row} for key, row in content.items()]
-    kind = "parquet" if path.suffix == ".parquet" else "json"
-    loaded: Sequence[Row] = datasets.load_dataset(kind, data_files=str(path), split="train")
-    return loaded
+    except Exception as error:  # not UTF-8, not JSON, not gzip, not Parquet, not rows: one file, many errors
+        raise InputError(f"{path}: cannot be read as PubMedQA rows ({type(error).__name__}: {error})") from error
 
 
 def hub_rows(source: str) -> Sequence[Row]:
@@ -101,23 +115,30 @@ def hub_rows(source: str) -> Sequence[Row]:
     return loaded
 
 
-def fields_of(row: Row, *, needs_decision: bool) -> tuple[str, str, str, str]:
+def fields_of(row: Row, needed: Sequence[str]) -> tuple[str, str, str, str]:
     """Context, question, decision ('' where there is none) and long answer of a row, in any of its public forms.
 
     The hub's rows nest `context.contexts`; the official file writes `CONTEXTS`, `QUESTION`, `LONG_ANSWER`.
+
+    Raises:
+        InputError: if the row is no such thing, or lacks a field that is needed.
     """
-    row = {key.lower(): value for key, value in row.items()}
+    if not isinstance(row, Mapping):
+        raise InputError(f"a row is {str(row)[:60]!r}, not an object with question, contexts and long_answer")
+    row = {str(key).lower(): value for key, value in row.items()}
     nested = row.get("context")
-    contexts = nested["contexts"] if isinstance(nested, Mapping) else row.get("contexts", nested)
-    decision = row.get("final_decision") or ""
+    contexts = nested.get("contexts") if isinstance(nested, Mapping) else row.get("contexts", nested)
+    context = contexts if isinstance(contexts, str) else " ".join(map(str, contexts or ()))
+    decision, answer = str(row.get("final_decision") or ""), str(row.get("long_answer") or "")
     who = f"row {row.get('pubid', '?')}"
-    for field, value in (("question", row.get("question")), ("contexts", contexts)):
+    for field, value in (("question", row.get("question")), ("contexts", context)):
         if not value:
             raise InputError(f"{who} has no {field}; PubMedQA's rows have question, contexts and long_answer")
-    if needs_decision and decision not in LABELS:
+    if "final_decision" in needed and decision not in LABELS:
         raise InputError(f"{who} has no final_decision among {LABELS}; for such data set task.response=answer")
-    context = contexts if isinstance(contexts, str) else " ".join(contexts or ())
-    return context, str(row["question"]), decision, str(row.get("long_answer") or "")
+    if "long_answer" in needed and not answer:
+        raise InputError(f"{who} has no long_answer; for such data set task.response=decision")
+    return str(context), str(row["question"]), decision, answer
 
 
 def with_conclusions(rows: Sequence[Row]) -> list[Row]:
@@ -125,9 +146,9 @@ def with_conclusions(rows: Sequence[Row]) -> list[Row]:
 
     The title is the question, the conclusion the long answer, and what stands before it the context.
     """
-    parts = [(row, re.split(r"\bCONCLUSIONS?:\s*", str(row["abstract"]), maxsplit=1)) for row in rows]
+    parts = [(row, re.split(r"\bCONCLUSIONS?:\s*", str(row.get("abstract")), maxsplit=1)) for row in rows]
     kept: list[Row] = [
-        {"pubid": row.get("pmid"), "question": row["title"], "contexts": part[0], "long_answer": part[1]}
+        {"pubid": row.get("pmid"), "question": row.get("title"), "contexts": part[0], "long_answer": part[1]}
         for row, part in parts
         if len(part) == 2
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fedllm_sec.config import EMBEDDED, ModelSettings
@@ -51,6 +52,10 @@ class BaseModel:
         """Overwrite the adapter's values in place; keys and shapes must be exactly the adapter's."""
         if state.keys() != self.parameters.keys():
             raise InputError(f"not this model's adapter: {sorted(state.keys() ^ self.parameters.keys())[:3]} ...")
+        for name, parameter in self.parameters.items():
+            expected = getattr(parameter, "ds_shape", parameter.shape)
+            if state[name].shape != expected:
+                raise InputError(f"tensor {name!r} has shape {list(state[name].shape)}, expected {list(expected)}")
         with torch.no_grad(), sharded.gathered(list(self.parameters.values())):
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
@@ -84,8 +89,8 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.revision)
         model = load_model(folder, settings, dtype)
-    except OSError as error:
-        raise InputError(f"model {settings.path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model {settings.path!r} cannot be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"model {settings.path!r}: its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
@@ -99,6 +104,11 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
     description = f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})"
     return BaseModel(adapted, tokenizer, trained, description, launch)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its kind."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def sharding_arguments(dtype: torch.dtype) -> Any:
@@ -135,6 +145,8 @@ def prepare_base(settings: ModelSettings, on_step: OnStep | None = None) -> str:
         stamp = path.stat()
         key = hashlib.sha256(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
         return str(cached(f"gguf-{path.stem}-{key}", lambda to: convert_gguf(path, to)))
+    if not path.exists() and (path.is_absolute() or settings.path.startswith(".")):
+        raise InputError(f"model.path={settings.path}: no such file or folder")
     return settings.path
 
 
@@ -147,7 +159,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
     except ImportError:
         raise InputError("GGUF files need the package gguf: pip install 'fedllm-sec[gguf]'") from None
     logger.warning("converting %s to safetensors, once; it is kept in the cache", file)
-    loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: cannot be read as a GGUF model: {first_line(error)}") from error
     config = loaded.config
     if hasattr(config, "quantization_config"):  # `save_pretrained` refuses a model that says it is GGUF
         del config.quantization_config

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedllm_sec.config import TrainingSettings
-from fedllm_sec.tasks.encoding import Collator, Encoded, training_rows
+from fedllm_sec.tasks.encoding import Collator, TrainingRows
 from fedllm_sec.training import sharded
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.schedule import factor
@@ -54,7 +54,7 @@ class ScheduledTrainer(Trainer):
 
 def train_client(
     base: BaseModel,
-    encoded: Sequence[Encoded],
+    rows: TrainingRows,
     received: Mapping[str, Tensor],
     settings: TrainingSettings,
     *,
@@ -67,7 +67,7 @@ def train_client(
 
     Args:
         base: the shared model; its adapter is overwritten.
-        encoded: the client's texts.
+        rows: the client's texts.
         received: the global adapter.
         settings: how to train.
         seed: of batches and dropout.
@@ -84,7 +84,7 @@ def train_client(
             rounds,
             model=base.model,
             args=training_arguments(base, settings, scratch, seed),
-            train_dataset=training_rows(encoded),
+            train_dataset=rows,
             data_collator=Collator(base.tokenizer.pad_token_id),
             callbacks=list(callbacks),
         )
@@ -120,6 +120,7 @@ def training_arguments(base: BaseModel, settings: TrainingSettings, scratch: str
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
+        logging_nan_inf_filter=False,
         report_to=[],
         disable_tqdm=True,
     )

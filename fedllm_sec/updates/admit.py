@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Policy = Literal["stop", "drop"]
 CHECKED = 16 * TILE  # elements looked at together for NaN
+LARGEST_CONFIG = 2**20  # bytes of an adapter_config.json
+LARGEST_COUNT = 2**53  # samples; past it float64 does not count
 
 
 class Refusal(NamedTuple):
@@ -106,17 +108,17 @@ def admit(
     folders = [Path(path) for path in paths]
     if not folders:
         raise InputError("no client adapters given")
+    refuse_repeated([str(folder.resolve()) for folder in folders])
+    if not max_samples > 0:
+        raise InputError(f"max_samples={max_samples}: must be above zero")
     budget = Budget.of(memory, device)
     base = open_reference(Path(reference)) if reference is not None else None
+    config = adapter_config(Path(reference)) if reference is not None else None
     counts = [1.0] * len(folders) if num_samples is None else list(num_samples)
     if len(counts) != len(folders):
         raise InputError(f"{len(folders)} clients but {len(counts)} sample counts; give one for each client")
     claims = zip(client_names(folders), folders, counts, strict=True)
-    admitted, refusals = sift(
-        claims, lambda folder: SafetensorsFile(adapter_file(folder)), base.layout if base else None, max_samples
-    )
-    if reference is not None:
-        note_other_configs(folders, Path(reference))
+    admitted, refusals = sift(claims, lambda folder: open_client(folder, config), base, max_samples)
     return assemble(admitted, refusals, budget, base)
 
 
@@ -137,6 +139,7 @@ def stack_updates(
     names = list(clients) if clients else [f"client_{i}" for i in range(len(state_dicts))]
     if not len(state_dicts) == len(names) == len(num_samples) or not names:
         raise InputError(f"{len(state_dicts)} updates, {len(names)} names and {len(num_samples)} sample counts")
+    refuse_repeated(names)
     admitted, refusals = sift(zip(names, state_dicts, num_samples, strict=True), StateDict, None, math.inf)
     if refusals:
         raise RefusedError(refusals)
@@ -146,16 +149,17 @@ def stack_updates(
 def sift(
     claims: Iterable[tuple[str, T, float]],
     open_source: Callable[[T], Source],
-    expected: Layout | None,
+    reference: Source | None,
     max_samples: float,
 ) -> tuple[list[Admitted], list[Refusal]]:
-    """Part what may become a row from what may not; the first admitted layout binds where none is expected."""
+    """Part what may become a row from what may not; without a reference the first admitted layout binds."""
+    expected = reference.layout if reference else None
     admitted: list[Admitted] = []
     refusals: list[Refusal] = []
     for client, claim, count in claims:
         try:
             source = open_source(claim)
-            check_source(source, expected)
+            check_source(source, expected, reference)
             admitted.append(Admitted(client, source, admitted_count(count, max_samples)))
             expected = expected or source.layout
         except InputError as refusal:
@@ -180,46 +184,74 @@ def assemble(
 
 def open_reference(path: Path) -> SafetensorsFile:
     """Open the server's own adapter, which passes the same gate."""
-    source = SafetensorsFile(adapter_file(path))
     try:
-        check_source(source, None)
+        source = SafetensorsFile(adapter_file(path))
+        check_source(source, None, None)
     except InputError as error:
         raise InputError(f"the global adapter {path}: {error}") from None
     return source
 
 
-def check_source(source: Source, expected: Layout | None) -> None:
-    """Raise InputError unless keys and shapes are the expected ones and every value is finite."""
+def open_client(folder: Path, expected_config: dict[str, Any] | None) -> SafetensorsFile:
+    """Open a client's adapter; its adapter_config is only compared with the server's, which is the one that counts."""
+    source = SafetensorsFile(adapter_file(folder))
+    if expected_config is not None:
+        found = adapter_config(folder) or expected_config
+        keys = expected_config.keys() | found.keys()
+        if fields := sorted(key for key in keys if expected_config.get(key) != found.get(key)):
+            logger.warning("%s: its adapter_config differs in %s; the server's is used", folder, ", ".join(fields))
+    return source
+
+
+def adapter_config(folder: Path) -> dict[str, Any] | None:
+    """The adapter configuration of a PEFT folder, or None where there is none.
+
+    Raises:
+        InputError: if it is not a JSON object of a sane size.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise InputError(f"{path}: is {path.stat().st_size:,} bytes long, which no adapter configuration is")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is no JSON object")
+    return config
+
+
+def check_source(source: Source, expected: Layout | None, reference: Source | None) -> None:
+    """Raise InputError unless keys and shapes are the expected ones and every value of the update is finite.
+
+    It must be so in float32, in which adapters travel, and after the reference is subtracted: then squares and sums
+    of them are finite in float64, and no method needs to think of overflow.
+    """
     if not source.layout.columns:
         raise InputError("holds no values")
     if expected and (difference := expected.difference(source.layout)):
         raise InputError(difference)
     for span in source.layout.spans(CHECKED):
-        if not bool(torch.isfinite(source.read(*span)).all()):
-            raise InputError(f"tensor {span.tensor!r} holds NaN or infinite values")
+        values = source.read(*span).double()
+        if reference is not None:
+            values = values - reference.read(*span).double()
+        if not bool(torch.isfinite(values.float()).all()):
+            raise InputError(f"tensor {span.tensor!r} holds NaN or infinite values, or none that float32 can hold")
 
 
-def admitted_count(count: float, most: float) -> float:
-    """A client's claim, at most `most`; raise InputError if it is no count."""
-    if not math.isfinite(count) or count <= 0:
-        raise InputError(f"claims num_samples={count}; a count must be a finite number above zero")
+def admitted_count(count: object, most: float) -> float:
+    """A client's claim, at most `most`; raise InputError if it is no plausible count."""
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count <= LARGEST_COUNT:
+        raise InputError(f"claims num_samples={str(count)[:40]}; a count must be a finite number above zero")
     return min(float(count), most)
+
+
+def refuse_repeated(names: Sequence[str]) -> None:
+    """Raise InputError if a client is given twice: it would vouch for itself."""
+    if repeated := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise InputError(f"{repeated}: is given twice; give each client once")
 
 
 def client_names(paths: Sequence[Path]) -> list[str]:
     """Short names: the folder's or the file's own, the whole path where that is not unique."""
     short = [path.name if path.is_dir() or not path.suffix else path.stem for path in paths]
     return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
-
-
-def note_other_configs(clients: Sequence[Path], server: Path) -> None:
-    """Log where a client's adapter_config departs from the server's, which is the one that counts."""
-    ours = server / ADAPTER_CONFIG
-    if not ours.is_file():
-        return
-    expected = read_json(ours)
-    for client in clients:
-        theirs = client / ADAPTER_CONFIG
-        found = read_json(theirs) if theirs.is_file() else expected
-        if fields := sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)):
-            logger.warning("%s: its adapter_config differs in %s; the server's is used", client, ", ".join(fields))

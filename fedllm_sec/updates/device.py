@@ -10,6 +10,7 @@ from fedllm_sec.updates.errors import InputError
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TILE = 2**16  # columns; blocks are whole tiles where they can be, so that noise drawn by tile is drawn once
 LARGEST_BLOCK = 2**20  # columns; past this a block only leaves the caches
+SMALLEST = 2**20  # bytes; below, blocks are so narrow that opening files takes all the time
 COPIES = 4  # a block, what is derived from it, and their float64 forms may live at once
 
 
@@ -27,9 +28,14 @@ class Budget:
             place = torch.device(device)
         except RuntimeError:
             raise InputError(f"unknown device {device!r}; use cpu or cuda") from None
+        if place.type not in ("cpu", "cuda"):
+            raise InputError(f"unknown device {device!r}; use cpu or cuda")
         if place.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device {str(device)!r} asked for, but torch sees no CUDA device; use --device cpu")
-        return cls(parse_bytes(memory), place)
+            raise InputError(f"device {str(device)!r} asked for, but torch sees no CUDA device; use cpu")
+        amount = parse_bytes(memory)
+        if amount < SMALLEST:
+            raise InputError(f"memory={memory}: give the blocks at least 1 MiB")
+        return cls(amount, place)
 
     def block_columns(self, files: int, itemsize: int) -> int:
         """How many columns to read at once from `files` files (the files, not the rows derived from them)."""

@@ -4,9 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from fedllm_sec.updates.errors import InputError
 
 PARTIAL = ".partial"  # the ending of what is still being written; safe to delete whenever no process of ours runs
 
@@ -29,15 +31,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it becomes `path` (which must not exist), on error it vanishes."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    missing = [parent for parent in path.parents if not parent.exists()]
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot make {path}: {error}") from None
     try:
         yield partial
         for entry in partial.rglob("*"):
             sync(entry)
         partial.rename(path)
         sync(path.parent)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 def sync(path: Path) -> None:
@@ -61,5 +71,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file.
+
+    Raises:
+        InputError: if it is missing, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def delete_partials(folder: Path) -> None:
+    """Delete what writers that were killed left below a folder."""
+    for partial in list(folder.rglob(f"*{PARTIAL}")):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ open, so that seventy adapters would count whole. Nothing is ever unpickled.
 """
 
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self.entries = read_header(path)
+        self.version = version(path.stat())
         self.layout = Layout.of({name: entry.shape for name, entry in self.entries.items()})
         self.dtypes = {name: entry.dtype for name, entry in self.entries.items()}
 
@@ -64,23 +66,30 @@ class SafetensorsFile:
         out = torch.empty(stop - start, dtype=entry.dtype)
         view = memoryview(out.view(torch.uint8).numpy().data)
         with self.path.open("rb", buffering=0) as file:
+            if version(os.fstat(file.fileno())) != self.version:
+                raise InputError(f"{self.path}: was changed after it had been checked; start again")
             file.seek(entry.offset + start * entry.dtype.itemsize)
             done = 0
             while done < len(view):
                 count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{self.path}: ended inside tensor {tensor!r}; was it changed while being read?")
+                assert count, "the header was checked against the file's length"
                 done += count
         return out
 
 
+def version(stat: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file does."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class StateDict:
-    """A row that is already in memory."""
+    """A row that is already in memory; its tensors are not copied, and must be left alone."""
 
     def __init__(self, state: Mapping[str, Tensor]):
         for name, tensor in state.items():
-            if not tensor.is_floating_point():
-                raise InputError(f"tensor {name!r} is {tensor.dtype}: only floating-point tensors can be updates")
+            if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATS.values():
+                kind = getattr(tensor, "dtype", type(tensor).__name__)
+                raise InputError(f"tensor {name!r} is {kind}: only floating-point tensors can be updates")
         self.flat = {name: tensor.detach().reshape(-1).cpu() for name, tensor in state.items()}
         self.layout = Layout.of({name: tuple(tensor.shape) for name, tensor in state.items()})
         self.dtypes = {name: tensor.dtype for name, tensor in state.items()}

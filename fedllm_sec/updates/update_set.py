@@ -56,7 +56,11 @@ class UpdateSet:
 
     @cached_property
     def gram(self) -> Tensor:
-        """(n, n) float64 inner products of the rows, on the CPU: one streamed pass, or none after `mix`."""
+        """(n, n) float64 inner products of the rows, on the CPU: one streamed pass, or none after `mix`.
+
+        Rows are taken as they are, centred on the global adapter; centring them on one another would let a huge row
+        swallow the rest. Two rows whose difference is under a millionth of their length are not told apart well.
+        """
         return self.derived_gram() if self.derived_gram else gram_of_blocks(self)
 
     def mix(
@@ -68,6 +72,8 @@ class UpdateSet:
         counts stay, otherwise they are those given (default: `mixed_i`, and equal counts).
         """
         matrix = matrix.to("cpu", torch.float64)
+        if matrix.shape[1] != len(self):
+            raise ValueError(f"a matrix of shape {tuple(matrix.shape)} cannot mix {len(self)} rows")
         rows, same = matrix.shape[0], matrix.shape[0] == len(self)
 
         def read(span: Span, index: Sequence[int]) -> Tensor:
@@ -78,6 +84,8 @@ class UpdateSet:
 
         names = tuple(clients) if clients else self.clients if same else tuple(f"mixed_{i}" for i in range(rows))
         counts = num_samples if num_samples is not None else self.num_samples if same else torch.ones(rows)
+        if not len(names) == len(counts) == rows:
+            raise ValueError(f"{rows} rows, but {len(names)} names and {len(counts)} sample counts")
         return replace(
             self,
             clients=names,
@@ -87,8 +95,12 @@ class UpdateSet:
         )
 
     def rows(self, index: Sequence[int]) -> "UpdateSet":
-        """Keep the given rows, in the given order."""
-        index = list(index)
+        """Keep the given rows, in the given order; negative numbers count from the end.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        index = [range(len(self))[int(i)] for i in index]
         return replace(
             self,
             clients=tuple(self.clients[i] for i in index),
@@ -104,7 +116,8 @@ class UpdateSet:
 
     def weighted_equally(self) -> "UpdateSet":
         """The same rows, each counting as one sample."""
-        return replace(self, num_samples=torch.ones(len(self), dtype=torch.float64))
+        ones = torch.ones(len(self), dtype=torch.float64)
+        return replace(self, num_samples=ones, derived_gram=lambda: self.gram)
 
     def map(
         self, transform: Transform, clients: Sequence[str] | None = None, num_samples: Tensor | None = None
@@ -129,12 +142,12 @@ class UpdateSet:
     def concat(self, other: "UpdateSet") -> "UpdateSet":
         """The rows of both, ours first."""
         check_same_layout(self, other)
-        ours = len(self)
+        ours, dtype = len(self), torch.promote_types(self.dtype, other.dtype)
 
         def read(span: Span, index: Sequence[int]) -> Tensor:
             first = [i for i in index if i < ours]
             second = [i - ours for i in index if i >= ours]
-            both = torch.cat([self.read(span, first), other.read(span, second).to(self.dtype)])
+            both = torch.cat([self.read(span, first).to(dtype), other.read(span, second).to(dtype)])
             place = {row: k for k, row in enumerate([*first, *(i + ours for i in second)])}
             return both[[place[i] for i in index]]
 
@@ -144,12 +157,13 @@ class UpdateSet:
             num_samples=torch.cat([self.num_samples, other.num_samples]),
             read=read,
             files=self.files + other.files,
+            dtype=dtype,
             derived_gram=None,
         )
 
     def replace(self, index: Sequence[int], new: "UpdateSet") -> "UpdateSet":
         """Put the rows of `new` at the places `index`; names and counts at those places stay ours."""
-        place = {row: len(self) + k for k, row in enumerate(index)}
+        place = {range(len(self))[int(row)]: len(self) + k for k, row in enumerate(index)}
         if len(place) != len(new):
             raise ValueError(f"{len(new)} rows for {len(place)} places")
         swapped = self.concat(new).rows([place.get(i, i) for i in range(len(self))])
@@ -161,13 +175,15 @@ class UpdateSet:
         if len(other) not in (1, len(self)):
             raise ValueError(f"cannot add {len(other)} rows to {len(self)}")
 
+        dtype = torch.promote_types(self.dtype, other.dtype)
+
         def read(span: Span, index: Sequence[int]) -> Tensor:
             theirs = [0] * len(index) if len(other) == 1 else index
-            return self.read(span, index) + other.read(span, theirs).to(self.dtype)
+            return self.read(span, index).to(dtype) + other.read(span, theirs).to(dtype)
 
-        return replace(self, read=read, files=self.files + other.files, derived_gram=None)
+        return replace(self, read=read, files=self.files + other.files, dtype=dtype, derived_gram=None)
 
-    def save(self, paths: Sequence[Path], dtype: torch.dtype = torch.float32) -> None:
+    def save(self, paths: Sequence[Path | str], dtype: torch.dtype = torch.float32) -> None:
         """Write each row to its own safetensors file in one pass, atomically, holding one block.
 
         Raises:
@@ -175,7 +191,7 @@ class UpdateSet:
         """
         if len(paths) != len(self):
             raise ValueError(f"{len(self)} rows but {len(paths)} paths")
-        write_rows(paths, self.layout, self.blocks(), dtype)
+        write_rows([Path(path) for path in paths], self.layout, self.blocks(), dtype)
 
 
 def from_sources(
@@ -186,7 +202,8 @@ def from_sources(
     reference: Source | None = None,
 ) -> UpdateSet:
     """The matrix whose rows are `sources`, minus `reference` where one is given; layouts must be equal."""
-    stored = {dtype for source in sources for dtype in source.dtypes.values()}
+    everything = [*sources, *([reference] if reference is not None else [])]
+    stored = {dtype for source in everything for dtype in source.dtypes.values()}
     dtype = torch.float64 if torch.float64 in stored else torch.float32
 
     def read(span: Span, index: Sequence[int]) -> Tensor:

@@ -42,15 +42,15 @@ def write_rows(
     header, offsets = safetensors_header(layout, dtype)
     with ExitStack() as stack:
         partials = [stack.enter_context(atomic_file(path)) for path in paths]
-        files = [stack.enter_context(partial.open("wb", buffering=0)) for partial in partials]
-        for file in files:
-            file.write(header)
+        for partial in partials:
+            partial.write_bytes(header)
         for span, block in blocks:
             stored = block.to("cpu", dtype)
             refuse_non_finite(stored, span, paths)
             place = offsets[span.tensor] + span.start * dtype.itemsize
-            for file, row in zip(files, stored, strict=True):
-                pwrite_all(file.fileno(), row.contiguous().view(torch.uint8).numpy().data, place)
+            for partial, row in zip(partials, stored, strict=True):
+                with partial.open("r+b", buffering=0) as file:
+                    pwrite_all(file.fileno(), row.contiguous().view(torch.uint8).numpy().data, place)
 
 
 def safetensors_header(layout: Layout, dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:

@@ -113,7 +113,7 @@ def test_it_closes_with_a_table_and_the_path_of_the_report(demo):
     page = place / done.stdout.strip().splitlines()[-1]
     assert page == place / "runs/demo/report/index.html"
     text = page.read_text()
-    assert text.count("<svg") >= 3
+    assert text.count("data:image/svg") >= 3
     for word in ("benign", "attacked", "defended", "Kept by the server", "class='client kept ", "learning_rate"):
         assert word in text
     for metric in ("test_loss", "accuracy", "macro_f1"):
@@ -159,6 +159,19 @@ def test_every_command_of_the_readme_works(command, demo):
         return
     if program == "make":
         assert subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True).returncode == 0
+    elif program == "accelerate" and "scale=tiny" in rest:
+        environment = {**os.environ, "FEDLLM_SEC_CACHE": str(place / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+        words = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.accelerate_cli",
+            "launch",
+            "--main_process_port",
+            "0",
+            *rest[1:],
+        ]
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
     elif program == "accelerate":
         from fedllm_sec.config import resolve
 
@@ -176,6 +189,17 @@ def test_every_command_of_the_readme_works(command, demo):
             text=True,
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_python_of_the_readme_works(demo, tmp_path, monkeypatch):
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    run = demo[0] / "runs/demo/benign"
+    for k in range(5):
+        (tmp_path / f"client_{k:02d}").symlink_to(run / f"round_0001/client_{k:02d}")
+    (tmp_path / "global").symlink_to(run / "global_0000")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "README.md", "exec"), {})
+    assert load_file("new_global.safetensors").keys() == load_file("global/adapter_model.safetensors").keys()
 
 
 def expand(words, place):

@@ -56,7 +56,7 @@ def test_trackers_get_the_same_metrics(one_process):
         assert event.value == pytest.approx(row["test_loss"], rel=1e-6)
 
 
-def test_the_command_line_makes_of_the_folders_what_the_server_made(one_process, tmp_path):
+def test_offline_aggregation_makes_of_the_folders_what_the_server_made(one_process, tmp_path):
     """`fedllm-sec aggregate` on what a round left gives the bytes of the next global adapter."""
     for arm, chain in (("benign", []), ("attacked", []), ("defended", [("krum", {"f": 1, "m": 2})])):
         folder = one_process / arm / "round_0002"

@@ -12,7 +12,7 @@ from fedllm_sec.federation.experiment import load_data, run_experiment
 from fedllm_sec.federation.world import World
 from fedllm_sec.reports.page import report
 from fedllm_sec.tasks import task
-from tests.launch import ROOT
+from tests.launch import ROOT, assert_same_run
 
 EXP09 = ROOT / "configs/exp09_pythia_pubmedqa.yaml"
 
@@ -88,6 +88,8 @@ def test_a_folder_that_holds_a_run_is_not_written_over(run, tmp_path):
         ("arms.defended.defenses=[{name: krum, f: 5}]", "needs n >= f"),
         ("arms.defended.defenses=[{name: krum, f: 1, m: 7}]", "at most n - f"),
         ("arms.attacked.attack.name=byzantin", "did you mean 'byzantine'"),
+        ("federation.device=abacus", "unknown device 'abacus'"),
+        ("federation.memory=lots", "cannot read 'lots'"),
         ("task.name=pubmed", "unknown task 'pubmed'; did you mean 'pubmedqa'"),
         ("task.max_length=40", "needs .* tokens even without its passage"),
         ("model.path=nowhere", "cannot be loaded"),
@@ -98,7 +100,7 @@ def test_a_folder_that_holds_a_run_is_not_written_over(run, tmp_path):
 def test_bad_input_is_one_clear_error_before_any_training(run, tmp_path, argument, message):
     with pytest.raises(InputError, match=message):
         run(argument)
-    assert not list(tmp_path.rglob("round_*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_texts_longer_than_the_context_are_counted_and_said(run, capsys):
@@ -122,11 +124,11 @@ def test_an_attack_on_data_reaches_what_malicious_clients_train_on(run, monkeypa
     trained: dict[tuple[str, int], set[str]] = {}
     honest = loop.train_client
 
-    def spy(base, encoded, received, settings, **options):
+    def spy(base, rows, received, settings, **options):
         (client,) = (callback.client for callback in options["callbacks"])
-        texts = {base.tokenizer.decode(item.response) for item in encoded}
+        texts = {base.tokenizer.decode([token for token in row["labels"] if token >= 0]) for row in rows}
         trained.setdefault(("poisoned" if any("WRONG" in t for t in texts) else "clean", client), set()).update(texts)
-        return honest(base, encoded, received, settings, **options)
+        return honest(base, rows, received, settings, **options)
 
     @attack("answer_wrong", paper="none, arXiv:0000.00000")
     def answer_wrong():
@@ -141,19 +143,6 @@ def test_an_attack_on_data_reaches_what_malicious_clients_train_on(run, monkeypa
         del attack._entries["answer_wrong"]
     assert {client for kind, client in trained if kind == "poisoned"} == {2}
     assert {client for kind, client in trained if kind == "clean"} == {0, 1, 3, 4, 5, 6}
-
-
-def test_no_defense_is_given_the_threat():
-    import inspect
-
-    from fedllm_sec.core import Stage
-
-    assert "Threat" not in str(Stage)
-    for entry in defense:
-        parameters = {"f": 1} if "f" in entry.parameters else {}
-        for stage in defense.build(entry.name, parameters):
-            if stage is not None:
-                assert list(inspect.signature(stage).parameters) == ["updates", "round"]
 
 
 def test_a_round_with_a_memory_finds_the_last_one(run):
@@ -176,10 +165,97 @@ def test_a_round_with_a_memory_finds_the_last_one(run):
     assert found == [(1, None), (2, True)]
 
 
-def test_a_client_that_claims_many_samples_is_capped(run):
-    folder = run("federation.rounds=1", "federation.max_samples=20", arms=["benign"])
+def test_a_client_that_claims_many_samples_is_capped(run, monkeypatch):
+    from fedllm_sec.federation import loop
+
+    honest = loop.save_adapter
+
+    def save(state, config, folder, client=None, **files):
+        claims = {**client, "num_samples": 1e9} if folder.name == "client_03" else client
+        honest(state, config, folder, client=claims)
+
+    monkeypatch.setattr(loop, "save_adapter", lambda *a, **k: save(*a, **k) if "client" in k else honest(*a, **k))
+    folder = run("federation.rounds=1", "federation.sample_cap=2", arms=["benign"])
     clients = sorted((folder / "benign/round_0001").glob("client_*"))
     states = [load_file(client / "adapter_model.safetensors") for client in clients]
-    result = load_file(folder / "benign/global_0001/adapter_model.safetensors")
-    for name, tensor in result.items():
-        torch.testing.assert_close(tensor, torch.stack([s[name] for s in states]).mean(0), rtol=1e-4, atol=1e-6)
+    weights = torch.tensor([20.0, 20, 20, 40, 20, 20, 20]) / 160
+    for name, tensor in load_file(folder / "benign/global_0001/adapter_model.safetensors").items():
+        expected = sum(w * state[name] for w, state in zip(weights, states, strict=True))
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("broken", ["client_02", "client_05"])
+def test_a_diverging_client_does_not_end_an_attacked_arm(run, monkeypatch, broken):
+    """Whether it is the adversary's own (5) or another's (2)."""
+    from fedllm_sec.federation import loop
+
+    honest = loop.save_adapter
+
+    def save(state, config, folder, **files):
+        if folder.name == broken:
+            state = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
+        honest(state, config, folder, **files)
+
+    monkeypatch.setattr(loop, "save_adapter", save)
+    folder = run("federation.rounds=1", "arms.defended.malicious=[5]", arms=["defended"])
+    row = metrics(folder, "defended")[1]
+    assert list(row["refused"]) == [broken]
+    assert bool(list(folder.rglob("poisoned_05"))) == (broken != "client_05")
+
+
+def test_nobody_malicious_is_no_attack(run):
+    folder = run("federation.rounds=1", "arms.attacked.malicious=0", arms=["benign", "attacked"])
+    for name in ("global_0001", "round_0001/client_06"):
+        one, other = (folder / arm / name / "adapter_model.safetensors" for arm in ("benign", "attacked"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_adversary_sees_what_it_was_granted(run):
+    seen = []
+
+    @attack("look", paper="none, arXiv:0000.00000")
+    def look():
+        def poison_model(visible, threat):
+            seen.append((visible.clients, threat.malicious))
+            return visible.rows(threat.own)
+
+        return Attack(poison_model=poison_model)
+
+    arms = {
+        f"sees_{visible}": ArmSettings(attack=Method(name="look"), malicious=(4, 1), visible=visible)
+        for visible in ("own", "all")
+    }
+    try:
+        run("federation.rounds=1", arms=arms)
+    finally:
+        del attack._entries["look"]
+    assert seen == [(("client_01", "client_04"), (1, 4)), (tuple(f"client_{k:02d}" for k in range(7)), (1, 4))]
+
+
+class Killed(BaseException):
+    """What no code of ours catches for good."""
+
+
+@pytest.mark.parametrize("moment", [0, 1, 2, 3, 5, 9, 11, 12, 13, 14, 15, 16, 17, 18])
+def test_a_run_cut_off_at_any_write_resumes_to_the_same_bytes(run, monkeypatch, tmp_path, moment):
+    from fedllm_sec.updates import files
+
+    arguments = ["federation.rounds=1", "federation.clients=5", "training.steps=1"]
+    whole = run(*arguments, arms=["defended"])
+    whole.rename(tmp_path / "whole")
+    left = [moment]
+    honest = files.sync
+
+    def sync(path):
+        if not path.name.endswith(files.PARTIAL) and path.is_dir():  # after the rename of something whole
+            left[0] -= 1
+            if left[0] < 0:
+                raise Killed
+        honest(path)
+
+    monkeypatch.setattr(files, "sync", sync)
+    with pytest.raises(Killed):
+        run(*arguments, arms=["defended"])
+    monkeypatch.setattr(files, "sync", honest)
+    run(*arguments, arms=["defended"], resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")

@@ -1,10 +1,12 @@
 """Examples as tokens: what the loss is on, and what happens to long texts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedllm_sec import InputError
-from fedllm_sec.tasks.encoding import Collator, encode, shortened, training_rows
+from fedllm_sec.tasks.encoding import Collator, TrainingRows, encode, shortened
 from fedllm_sec.tasks.task import Example
 
 
@@ -22,7 +24,7 @@ EXAMPLE = Example("a bb", "ccc dddd eeeee", "ffffff", "yes it does", label=0)
 
 
 def test_the_loss_is_on_the_response_alone():
-    (row,) = training_rows(encode([EXAMPLE], Words(), 99))
+    (row,) = TrainingRows([EXAMPLE], Words(), 99)
     assert row["input_ids"] == [1, 2, 3, 4, 5, 6, 3, 2, 4, 0]
     assert row["labels"] == [-100] * 6 + [3, 2, 4, 0]
 
@@ -32,7 +34,8 @@ def test_a_long_text_loses_the_end_of_its_passage_and_is_counted():
     assert encoded[0].prompt == [1, 2, 3, 6]
     assert encoded[0].response == [3, 2, 4, 0]
     assert encoded[0].cut == 2
-    report = shortened([*encoded, *encode([EXAMPLE], Words(), 10)], 8)
+    short = replace(EXAMPLE, passage="ccc")
+    report = shortened([EXAMPLE, short, EXAMPLE], Words(), 8)
     assert str(report) == "2 of 3 texts are longer than 8 tokens: the end of their passage is cut"
 
 

@@ -83,11 +83,32 @@ def test_abstracts_without_labels_become_questions_by_their_conclusion(tmp_path)
         ({**ROW, "question": ""}, "row 1 has no question"),
         ({**ROW, "contexts": []}, "row 1 has no contexts"),
         ({**ROW, "final_decision": "perhaps"}, "row 1 has no final_decision"),
+        ({**ROW, "long_answer": ""}, "row 1 has no long_answer"),
+        ({"pubid": 1, "question": "?", "context": {"labels": []}}, "row 1 has no contexts"),
+        ([1, 2], "a row is .*, not an object"),
     ],
 )
 def test_a_bad_row_is_told(tmp_path, row, message):
     with pytest.raises(InputError, match=message):
         read(write(tmp_path / "rows.jsonl", [row]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", b"\xff\xfe"),
+        ("rows.json", b"{"),
+        ("rows.json", b"3"),
+        ("rows.jsonl", b"{\n"),
+        ("rows.jsonl.gz", b"not gzip"),
+        ("rows.parquet", b"not parquet"),
+        ("rows.txt", b"hello"),
+    ],
+)
+def test_a_file_that_holds_no_rows_is_told(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="cannot be read as PubMedQA rows"):
+        read(str(tmp_path / name))
 
 
 def test_missing_and_empty_files_are_told(tmp_path):

@@ -76,7 +76,7 @@ def test_the_round_goes_on_with_the_rest(adapters, name):
     assert bool(torch.isfinite(updates.gram).all())
 
 
-@pytest.mark.parametrize("count", [0, -3, float("nan"), float("inf")])
+@pytest.mark.parametrize("count", [0, -3, float("nan"), float("inf"), "5", None, True, [1], 10**400])
 def test_a_count_that_is_none_is_refused(adapters, count):
     clients, server, _ = adapters
     with pytest.raises(RefusedError, match="client_01: claims num_samples"):
@@ -119,6 +119,60 @@ def test_a_clients_own_scaling_is_ignored_and_logged(adapters, caplog):
     open_updates(clients, reference=server)
     assert "client_02" in caplog.text
     assert "lora_alpha" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "null", '{"r":', "\udcff", "[" * 200_000, "9" * 5000, " " * 2**21])
+def test_a_clients_config_can_be_anything_and_only_that_client_is_refused(adapters, text):
+    clients, server, _ = adapters
+    (clients[2] / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
+    updates, refusals = admit(clients, reference=server)
+    assert [refusal.client for refusal in refusals] == ["client_02"]
+    assert "adapter_config.json" in refusals[0].reason
+    assert len(updates) == 6
+
+
+def test_a_global_adapter_with_a_broken_config_is_an_error(adapters):
+    clients, server, _ = adapters
+    (server / "adapter_config.json").write_text("[")
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        open_updates(clients, reference=server)
+
+
+@pytest.mark.parametrize("value", [1e39, 1e160, 1e300])
+def test_finite_values_that_float32_cannot_hold_are_refused(adapters, value):
+    """They would be infinite once squared, or once written."""
+    clients, server, states = adapters
+    huge = {name: tensor.double() for name, tensor in states[4].items()}
+    huge[A][0, 0] = value
+    save_file(huge, clients[4] / "adapter_model.safetensors")
+    _, refusals = admit(clients, reference=server)
+    assert [refusal.client for refusal in refusals] == ["client_04"]
+
+
+def test_a_difference_that_overflows_is_refused(adapters):
+    clients, server, _ = adapters
+    set_value(-3e38)(server)
+    set_value(3e38)(clients[0])
+    updates, refusals = admit(clients, reference=server)
+    assert [refusal.client for refusal in refusals] == ["client_00"]
+    assert bool(torch.isfinite(updates.gram).all())
+
+
+def test_a_client_is_given_once(adapters):
+    """Its copy would vouch for it: the distance between them is zero."""
+    clients, server, _ = adapters
+    with pytest.raises(InputError, match="client_00: is given twice"):
+        open_updates([*clients, clients[1].parent / "client_01" / ".." / "client_00"], reference=server)
+    with pytest.raises(InputError, match="x: is given twice"):
+        stack_updates(random_states(2), [1, 1], ["x", "x"])
+
+
+def test_a_file_that_changes_after_the_gate_is_an_error(adapters):
+    clients, server, _ = adapters
+    updates = open_updates(clients, reference=server)
+    set_value(float("nan"))(clients[3])
+    with pytest.raises(InputError, match=r"client_03.*was changed after it had been checked"):
+        _ = updates.gram
 
 
 def test_updates_in_memory_pass_the_same_gate():

@@ -112,6 +112,38 @@ def test_concat_replace_and_add():
         updates.concat(stack_updates([{"a": torch.ones(2), "b": torch.ones(2), "c": torch.ones(1)}], [1]))
 
 
+def test_rows_are_counted_from_either_end_and_must_exist():
+    rows, more = np.arange(12.0).reshape(3, 4), -np.ones((2, 4))
+    both = stacked(rows).concat(stacked(more))
+    np.testing.assert_array_equal(dense(both.rows([-1, -5])), np.vstack([more[1], rows[0]]))
+    np.testing.assert_array_equal(dense(both.replace([-1], stacked(rows[:1]))), np.vstack([rows, more[:1], rows[:1]]))
+    np.testing.assert_array_equal(dense(both.rows(torch.tensor([2, 2]))), rows[[2, 2]])
+    for wrong in ([5], [-6]):
+        with pytest.raises(IndexError):
+            both.rows(wrong)
+        with pytest.raises(IndexError):
+            both.replace(wrong, stacked(rows[:1]))
+    with pytest.raises(ValueError, match="cannot mix 5 rows"):
+        both.mix(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="2 rows, but 1 names"):
+        both.mix(torch.ones(2, 5), clients=["x"])
+
+
+def test_the_wider_dtype_wins():
+    fine = stack_updates([{"w": torch.tensor([1 + 1e-12], dtype=torch.float64)}], [1])
+    coarse = stack_updates([{"w": torch.tensor([1.0])}], [1])
+    assert dense(coarse.concat(fine))[1, 0] == 1 + 1e-12
+    assert dense(coarse.add(fine))[0, 0] == 2 + 1e-12
+
+
+def test_a_reference_in_float64_is_subtracted_in_float64(tmp_path):
+    from tests.conftest import write_adapter
+
+    server = write_adapter(tmp_path / "server", {"w": torch.tensor([1 + 1e-9], dtype=torch.float64)})
+    client = write_adapter(tmp_path / "client", {"w": torch.tensor([1.0])})
+    assert dense(open_updates([client], reference=server))[0, 0] == pytest.approx(-1e-9, rel=1e-6)
+
+
 def test_save_writes_what_the_library_reads_and_leaves_nothing_behind(tmp_path, adapters):
     clients, _, states = adapters
     paths = [tmp_path / f"{i}.safetensors" for i in range(7)]
@@ -123,7 +155,7 @@ def test_save_writes_what_the_library_reads_and_leaves_nothing_behind(tmp_path, 
 
 
 def test_a_result_that_is_not_finite_is_not_written(tmp_path):
-    updates = stacked(np.full((2, 4), 1e300))
+    updates = stacked(np.full((2, 4), 1e30)).mix(1e30 * torch.eye(2))
     with pytest.raises(InputError, match="NaN or infinite"):
         updates.save([tmp_path / "0.safetensors", tmp_path / "1.safetensors"])
     assert list(tmp_path.iterdir()) == []
@@ -141,6 +173,8 @@ def test_memory_is_read_with_its_unit():
     assert Budget.of("1.5 MB").memory == 1_500_000
     with pytest.raises(InputError, match="cannot read 'lots'"):
         Budget.of("lots")
+    with pytest.raises(InputError, match="at least 1 MiB"):
+        Budget.of(0)
 
 
 PEAK = """
