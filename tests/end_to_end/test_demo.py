@@ -143,7 +143,7 @@ def test_every_adapter_loads_with_peft(demo):
 
 
 README_COMMANDS = [
-    line.removeprefix("$ ")
+    line.partition("  #")[0]
     for block in re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
