@@ -4,7 +4,7 @@ BIN := .venv/bin
 ACCELERATE := $(BIN)/accelerate launch --config_file configs/accelerate/cpu_2.yaml
 DEMO := runs/demo
 
-.PHONY: demo setup test lint test-slow test-gpu bench clean
+.PHONY: demo setup test lint test-slow test-gpu clean
 
 demo: setup
 	rm -rf $(DEMO)
@@ -32,9 +32,6 @@ test-slow: setup
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu
-
-bench: setup
-	$(BIN)/pytest -m bench -s
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.logging import RichHandler
 from rich.markup import escape
 
@@ -58,6 +59,8 @@ def quieten(world: World) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("fedllm_sec").setLevel(logging.INFO if world.is_main else logging.ERROR)
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on import that it chose so
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import transformers
 

@@ -86,6 +86,8 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
 
     dtype = load_dtype(settings)
     launch = sharding_arguments(dtype) if is_sharded else None  # before the model: it decides how that is loaded
+    if settings.load_in_4bit and is_sharded and sharded.zero3():
+        raise InputError("model.load_in_4bit and ZeRO-3 do not go together; use ZeRO-2, or no DeepSpeed")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.revision)
         model = load_model(folder, settings, dtype)
