@@ -22,7 +22,9 @@ def test_every_configuration_builds_all_that_it_names(path, scale):
     config = resolve(path, ["federation.device=cpu"], scale)
     task.build(config.task.name, config.task.parameters)
     for arm in config.arms.values():
-        build_methods(arm, config.federation)
+        methods = build_methods(arm, config.federation)
+        assert (methods.attack is None) == (arm.attack is None)
+        assert len(methods.defenses) == len(arm.defenses)
 
 
 def test_experiment_9_is_the_papers():

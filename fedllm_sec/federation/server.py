@@ -14,7 +14,7 @@ from fedllm_sec.config import ArmSettings, FederationSettings
 from fedllm_sec.core import Attack, Defense, Round, Threat, aggregate, derived_seed, poison
 from fedllm_sec.federation.run_folder import ArmFolder, client_name, save_updates
 from fedllm_sec.registry import attack, defense
-from fedllm_sec.updates.admit import Refusal, RefusedError, admit, open_updates, stack_updates
+from fedllm_sec.updates.admit import Refusal, RefusedError, admit, is_count, open_updates, stack_updates
 from fedllm_sec.updates.device import Budget
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json
@@ -126,11 +126,12 @@ def visible_clients(arm: ArmSettings, malicious: tuple[int, ...], clients: int) 
 
 def largest_claim(counts: Sequence[float], settings: FederationSettings) -> float:
     """What a claim counts as at most: so many times the median claim; say so where it bites."""
-    if settings.sample_cap is None:
+    plausible = [count for count in counts if is_count(count)]  # the gate refuses the others
+    if settings.sample_cap is None or not plausible:
         return math.inf
-    most = settings.sample_cap * median(counts)
-    if max(counts) > most:
-        logger.warning("a client claims %g samples; it counts as %g (federation.sample_cap)", max(counts), most)
+    most = settings.sample_cap * median(plausible)
+    if max(plausible) > most:
+        logger.warning("a client claims %g samples; it counts as %g (federation.sample_cap)", max(plausible), most)
     return most
 
 

@@ -100,7 +100,7 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
     sharded.require_shards(model)
     if torch.cuda.is_available() and not is_sharded and not settings.load_in_4bit:
         model.to("cuda")
-    weights = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    weights = sharded.count_weights(model)
     adapted = with_adapter(model, settings, seed)
     trained = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")

@@ -27,6 +27,13 @@ def require_shards(model: Any) -> None:
         raise RuntimeError("the base was loaded whole under ZeRO-3: TrainingArguments must exist before it is loaded")
 
 
+def count_weights(model: Any) -> int:
+    """How many weights a base has, sharded or packed into 4 bits or neither."""
+    if zero3():
+        return sum(parameter.ds_numel for parameter in model.parameters())
+    return int(model.num_parameters())
+
+
 def gathered(parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
     """A context in which parameters are whole and what the main process writes to them reaches all."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]

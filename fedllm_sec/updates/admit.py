@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,6 @@ from fedllm_sec.updates.update_set import UpdateSet, from_sources
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Policy = Literal["stop", "drop"]
 CHECKED = 16 * TILE  # elements looked at together for NaN
 LARGEST_CONFIG = 2**20  # bytes of an adapter_config.json
 LARGEST_COUNT = 2**53  # samples; past it float64 does not count
@@ -240,9 +239,14 @@ def check_source(source: Source, expected: Layout | None, reference: Source | No
 
 def admitted_count(count: object, most: float) -> float:
     """A client's claim, at most `most`; raise InputError if it is no plausible count."""
-    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count <= LARGEST_COUNT:
+    if not is_count(count):
         raise InputError(f"claims num_samples={str(count)[:40]}; a count must be a finite number above zero")
     return min(float(count), most)
+
+
+def is_count(count: object) -> TypeGuard[float]:
+    """Whether a client's claim can be a number of samples."""
+    return isinstance(count, int | float) and not isinstance(count, bool) and 0 < count <= LARGEST_COUNT
 
 
 def refuse_repeated(names: Sequence[str]) -> None:

@@ -203,6 +203,22 @@ def test_a_diverging_client_does_not_end_an_attacked_arm(run, monkeypatch, broke
     assert bool(list(folder.rglob("poisoned_05"))) == (broken != "client_05")
 
 
+@pytest.mark.parametrize("claim", ["many", None, -1, 0])
+def test_a_claim_that_is_no_count_is_refused_by_name(run, monkeypatch, claim):
+    from fedllm_sec.federation import loop
+
+    honest = loop.save_adapter
+
+    def save(state, config, folder, **files):
+        if folder.name == "client_01":
+            files["client"] = {**files["client"], "num_samples": claim}
+        honest(state, config, folder, **files)
+
+    monkeypatch.setattr(loop, "save_adapter", save)
+    folder = run("federation.rounds=1", "federation.clients=5", arms=["benign"])
+    assert "claims num_samples" in metrics(folder, "benign")[1]["refused"]["client_01"]
+
+
 def test_nobody_malicious_is_no_attack(run):
     folder = run("federation.rounds=1", "arms.attacked.malicious=0", arms=["benign", "attacked"])
     for name in ("global_0001", "round_0001/client_06"):
