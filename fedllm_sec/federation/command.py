@@ -61,7 +61,8 @@ def quieten(world: World) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on import that it chose so
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "huggingface_hub"):  # the hub tells every retry twice; its error says enough
+        logging.getLogger(library).setLevel(logging.ERROR)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
