@@ -61,10 +61,11 @@ def quieten(world: World) -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on import that it chose so
-    for library in ("bitsandbytes", "huggingface_hub"):  # the hub tells every retry twice; its error says enough
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()  # it tells every retry twice
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
