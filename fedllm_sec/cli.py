@@ -129,17 +129,18 @@ def import_fedml(
 
 @app.command("list")
 def list_methods(
-    kind: Annotated[str, typer.Argument(help="attacks, defenses, tasks, models or optimizers")],
+    kind: Annotated[str, typer.Argument(help="attacks, defenses, tasks, models, procedures or optimizers")],
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
-    """List attacks, defenses, tasks, small models or the server's optimizers, with parameters and papers."""
+    """List what a configuration can name, with parameters and papers."""
     from fedllm_sec.federation.optimizers import optimizer
     from fedllm_sec.models import model
     from fedllm_sec.registry import did_you_mean, signature_text
     from fedllm_sec.tasks import task
+    from fedllm_sec.training.procedure import procedure
 
     registries: dict[str, Any] = {"attacks": fedllm_sec.attack, "defenses": fedllm_sec.defense}
-    registries |= {"tasks": task, "models": model, "optimizers": optimizer}
+    registries |= {"tasks": task, "models": model, "procedures": procedure, "optimizers": optimizer}
     if kind not in registries:
         raise InputError(f"nothing to list under {kind!r}{did_you_mean(kind, registries)}")
     entries = list(registries[kind])

@@ -87,6 +87,7 @@ class TrainingSettings(Strict):
     batch_size: Count | None = 8  # of one process; None: all of a client's examples (small models)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     momentum: Fraction = 0.0  # of sgd
+    procedure: Method = Method(name="supervised")  # small models: what a client does with one (gan, milenas)
     proximal: NotNegative = 0.0  # FedProx's mu (Li et al. 2020, arXiv:1812.06127; small models)
     together: bool | None = None  # small models: train clients side by side; None: where the model allows and gains
     gradient_accumulation: Count = 1

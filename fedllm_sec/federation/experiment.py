@@ -154,6 +154,7 @@ def check_for_trainer(config: Config) -> None:
         "training.optimizer=adam is for small models; use adamw or sgd": training.optimizer == "adam",
         "training.proximal is for small models": training.proximal,
         "training.together is for small models": training.together is not None,
+        "training.procedure is for small models": training.procedure.name != "supervised",
         "data.partition.kind=natural is for small models": config.data.partition.kind == "natural",
     }.items():
         if wrong:

@@ -1,7 +1,6 @@
 """A federation of small models: the clients of a round train side by side, and send their whole models."""
 
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from fedllm_sec.federation.learner import Split, Training, finite
 from fedllm_sec.federation.run_folder import BUFFERS, MANY, SERVER, client_name, save_many
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.arrays import Arrays, ArrayTask
-from fedllm_sec.tasks.evaluation import macro_f1
-from fedllm_sec.training.plan import Plan, plan, steps_of
+from fedllm_sec.training.plan import Plan
+from fedllm_sec.training.procedure import procedure
 from fedllm_sec.training.schedule import factor
 from fedllm_sec.training.small import Trained, train_each
 from fedllm_sec.training.stacked import can_be_stacked, clients_at_once, train_together
@@ -28,7 +27,6 @@ from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import atomic_folder
 from fedllm_sec.updates.sources import MODEL_FILE
 
-TESTED_TOGETHER = 1000  # examples
 ALONE = 200_000  # weights; a larger model keeps the cores busy alone (LeNet gains, the FedAvg CNN loses by half)
 PREPARED = 2**31  # bytes; examples that take no more are prepared once for the whole run
 
@@ -61,10 +59,13 @@ class ModelLearner:
     ):
         self.model, self.description, self.work, self.config, self.world = model, description, work, config, world
         self.examples = examples
+        self.lengths: dict[int, int] = {}  # of each client's work, in steps
         self.first = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.parameters = {name for name, _ in model.named_parameters()}
         self.weights = sum(parameter.numel() for parameter in model.parameters())
-        self.pool, self.prepare = examples.train, work.prepare
+        self.procedure = procedure.build(config.training.procedure.name, config.training.procedure.parameters)
+        self.procedure.check(model, config.training)
+        self.pool, self.prepare = examples.train, self.procedure.prepare(work)
         if self.pool.x.is_floating_point() or 4 * self.pool.x.numel() <= PREPARED:
             self.pool, self.prepare = self.prepared(self.pool), as_it_is
 
@@ -84,7 +85,7 @@ class ModelLearner:
 
     def prepared(self, arrays: Arrays) -> Arrays:
         """The same examples as the model takes them."""
-        return arrays._replace(x=self.work.prepare(arrays.x))
+        return arrays._replace(x=self.procedure.prepare(self.work)(arrays.x))
 
     def start(self, folder: Path) -> None:
         """Write the first model."""
@@ -107,7 +108,9 @@ class ModelLearner:
 
     def steps(self, client: int) -> int:
         """As configured, or as many as the epochs take."""
-        return steps_of(len(self.places(client)), self.config.training)
+        if client not in self.lengths:
+            self.lengths[client] = len(self.procedure.plan(self.places(client), self.config.training, 0).sizes)
+        return self.lengths[client]
 
     def train(self, training: Training) -> None:
         """Train side by side where that is possible, else one after another; each group's models are one file."""
@@ -148,16 +151,19 @@ class ModelLearner:
                 )
             places, pool = torch.arange(len(own.y)), own if self.prepare is not as_it_is else self.prepared(own)
         seed = training.round.seed_for(client_name(client), "train")
-        return Job(client, pool, plan(places, settings, seed), len(places), seed)
+        return Job(client, pool, self.procedure.plan(places, settings, seed), len(places), seed)
 
     def together(self, received: dict[str, Tensor]) -> int:
         """How many clients to train side by side; 1: one after another."""
         asked = self.config.training.together
         if asked is False or (asked is None and self.weights > ALONE):
             return 1
-        if not can_be_stacked(self.model):
+        if not (self.procedure.stackable and can_be_stacked(self.model)):
             if asked:
-                raise InputError("training.together: a model with an LSTM or dropout is trained client by client")
+                raise InputError(
+                    "training.together: a model with an LSTM or dropout, or one that is no plain classifier, is "
+                    "trained client by client"
+                )
             return 1
         one = self.prepare(self.pool.x[: self.config.training.batch_size])
         return clients_at_once(self.model, received, one, parse_bytes(self.config.federation.memory))
@@ -167,7 +173,8 @@ class ModelLearner:
         works, pool = [job.work for job in group], group[0].pool
         if len(group) > 1:
             return train_together(self.model, received, pool, works, settings, self.prepare)
-        return train_each(self.model, received, pool, works, settings, self.prepare, [job.seed for job in group])
+        seeds = [job.seed for job in group]
+        return train_each(self.model, received, pool, works, settings, self.prepare, seeds, self.procedure.train_one)
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The test's metrics, measured on the main process and told to the others."""
@@ -177,19 +184,11 @@ class ModelLearner:
 
     @torch.inference_mode()
     def test(self, folder: Path) -> dict[str, float]:
-        """Loss (nats per example), accuracy, macro-F1, and the share of the commonest class."""
+        """What the procedure measures on the test examples."""
         torch.set_num_threads(self.config.training.threads)
         self.model.load_state_dict(self.load(folder))
         self.model.eval()
-        x, y = self.examples.test.x, self.examples.test.y
-        logits = torch.cat([self.model(self.work.prepare(part)).float() for part in torch.split(x, TESTED_TOGETHER)])
-        truth, predicted = y.tolist(), logits.argmax(dim=1).tolist()
-        return {
-            "test_loss": nn.functional.cross_entropy(logits.double(), y).item(),
-            "accuracy": float((logits.argmax(dim=1) == y).double().mean()),
-            "macro_f1": macro_f1(truth, predicted),
-            "majority_accuracy": max(Counter(truth).values()) / len(truth),
-        }
+        return self.procedure.test(self.model, self.examples.test, self.procedure.prepare(self.work))
 
 
 def as_it_is(x: Tensor) -> Tensor:

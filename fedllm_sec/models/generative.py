@@ -23,7 +23,10 @@ class DCGAN(nn.Module):
         generator: (n, noise) -> (n, C, H, W) in [-1, 1].
         discriminator: (n, C, H, W) -> (n,) logits, positive for real images.
         noise: how many numbers make an image; the paper draws them uniformly from [-1, 1].
+        procedure: how it is trained.
     """
+
+    procedure = "gan"
 
     def __init__(self, generator: nn.Module, discriminator: nn.Module, noise: int):
         super().__init__()

@@ -12,6 +12,7 @@ from fedllm_sec.training.plan import Plan
 
 Prepare = Callable[[Tensor], Tensor]
 State = Mapping[str, Tensor]
+TrainOne = Callable[[nn.Module, State, Arrays, Plan, TrainingSettings, Prepare], tuple[dict[str, Tensor], float]]
 
 
 class Trained(NamedTuple):
@@ -90,24 +91,23 @@ def train_each(
     settings: TrainingSettings,
     prepare: Prepare,
     seeds: Sequence[int],
-    told: Callable[[int], None] = lambda client: None,
+    one: TrainOne | None = None,
 ) -> Trained:
     """Train the clients one after another; the arguments are those of `train_one`.
 
     Args:
         seeds: of what a model draws while it trains (dropout), one for each client.
-        told: is called with a client's place when it is done.
+        one: trains one client; default: `train_one`.
     """
     states, losses = [], []
-    for place, (work, seed) in enumerate(zip(works, seeds, strict=True)):
+    for work, seed in zip(works, seeds, strict=True):
         with torch.random.fork_rng(
             devices=[]
         ):  # dropout draws from the process's stream: it is the client's for a while
             torch.manual_seed(seed)
-            state, loss = train_one(model, received, pool, work, settings, prepare)
+            state, loss = (one or train_one)(model, received, pool, work, settings, prepare)
         states.append(state)
         losses.append(loss)
-        told(place)
     names = dict(model.named_parameters())
     stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     return Trained(
