@@ -81,7 +81,7 @@ class Supervised:
 
 
 def classification_metrics(logits: Tensor, y: Tensor) -> dict[str, float]:
-    """Loss (nats per example), accuracy, macro-F1 and the commonest class's share of (n, classes) logits, (n,) classes."""
+    """Loss (nats per example), accuracy, macro-F1, and the commonest class's share; logits (n, classes), y (n,)."""
     truth, predicted = y.tolist(), logits.argmax(dim=1).tolist()
     return {
         "test_loss": nn.functional.cross_entropy(logits.double(), y).item(),
