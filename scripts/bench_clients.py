@@ -20,7 +20,7 @@ from fedllm_sec.models import Shape, model
 from fedllm_sec.tasks import Arrays, ArrayTask, task
 from fedllm_sec.training.plan import plan
 from fedllm_sec.training.small import Trained, train_each
-from fedllm_sec.training.stacked import train_together
+from fedllm_sec.training.stacked import SideBySide
 
 CASES = (("lr", 100), ("lr", 10), ("lenet", 10), ("lenet", 100), ("cnn", 10))
 SETTINGS = TrainingSettings(
@@ -61,8 +61,10 @@ def measured(name: str, clients: int, work: ArrayTask, data: Arrays, repeats: in
     shares = partition(data.y.tolist(), clients, PartitionSettings(kind="dirichlet", alpha=0.5), 0)
     works = [plan(torch.tensor(share), SETTINGS, seed) for seed, share in enumerate(shares)]
 
+    stack = SideBySide(network, lambda x: x)
+
     def together() -> Trained:
-        return train_together(network, received, data, works, SETTINGS, lambda x: x)
+        return stack.train(received, data, works, SETTINGS)
 
     def each() -> Trained:
         return train_each(network, received, data, works, SETTINGS, lambda x: x, range(clients))

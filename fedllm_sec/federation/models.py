@@ -21,7 +21,7 @@ from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.procedure import procedure
 from fedllm_sec.training.schedule import factor
 from fedllm_sec.training.small import Trained, train_each
-from fedllm_sec.training.stacked import can_be_stacked, clients_at_once, train_together
+from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once
 from fedllm_sec.updates.device import parse_bytes
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import atomic_folder
@@ -68,6 +68,7 @@ class ModelLearner:
         self.pool, self.prepare = examples.train, self.procedure.prepare(work)
         if self.pool.x.is_floating_point() or 4 * self.pool.x.numel() <= PREPARED:
             self.pool, self.prepare = self.prepared(self.pool), as_it_is
+        self.side_by_side = SideBySide(model, self.prepare)
 
     @property
     def has_root(self) -> bool:
@@ -172,7 +173,7 @@ class ModelLearner:
         """Train a group of clients that draw from one pool."""
         works, pool = [job.work for job in group], group[0].pool
         if len(group) > 1:
-            return train_together(self.model, received, pool, works, settings, self.prepare)
+            return self.side_by_side.train(received, pool, works, settings)
         seeds = [job.seed for job in group]
         return train_each(self.model, received, pool, works, settings, self.prepare, seeds, self.procedure.train_one)
 

@@ -6,7 +6,7 @@ nothing; a model whose examples see one another (BatchNorm) is called once for e
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,10 @@ from fedllm_sec.config import TrainingSettings
 from fedllm_sec.tasks.arrays import Arrays
 from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.small import Prepare, State, Trained, optimizer_of
+from fedllm_sec.training.traced import GroupedKernels, Replayed
 
 COUPLED = nn.modules.batchnorm._BatchNorm  # its examples see one another
+NARROWER = 4  # a quarter of the clients have to be done before the others go on without them
 ALONE = (nn.RNNBase, nn.RNNCellBase, nn.modules.dropout._DropoutNd)  # vmap cannot run them, or they draw per client
 
 
@@ -30,9 +32,9 @@ class Batch(NamedTuple):
     """Some clients' batches of one step.
 
     Attributes:
-        clients: which of the first k, or None for all of them.
+        clients: which, or None for all that take part.
         chosen: (g, b) places in the pool.
-        weights: (g, b) float32, 0 where a batch was filled up.
+        weights: (g, b) float32, of each example in its client's mean loss: 0 where a batch was filled up.
     """
 
     clients: Tensor | None
@@ -40,109 +42,165 @@ class Batch(NamedTuple):
     weights: Tensor
 
 
-def train_together(
-    model: nn.Module,
-    received: State,
-    pool: Arrays,
-    works: Sequence[Plan],
-    settings: TrainingSettings,
-    prepare: Prepare,
-) -> Trained:
-    """Train the clients of a round side by side; the arguments are those of `small.train_each`."""
-    order = sorted(range(len(works)), key=lambda i: -len(works[i].sizes))
-    stack = Stack(model, received, [works[i] for i in order])
-    losses = torch.zeros(len(works), dtype=torch.float64)
-    for step in range(int(stack.steps[0])):
-        active = stack.begin(step, settings)
-        found, gradients = stack.gradients(active, step, pool, prepare)
-        losses[:active] += found
-        stack.descend(gradients, settings)
-    back = torch.tensor(order).argsort()
-    return Trained(
-        {name: value[back] for name, value in stack.parameters.items()},
-        {name: value[back] for name, value in stack.buffers.items()},
-        (losses / stack.steps)[back],
-        stack.steps[back],
-    )
+class SideBySide:
+    """Trains the clients of a round side by side; one of them goes on knowing what it learned about a model's shapes.
+
+    Args:
+        model: the architecture.
+        prepare: makes the model's input of examples.
+    """
+
+    def __init__(self, model: nn.Module, prepare: Prepare):
+        self.model, self.prepare = model, prepare
+        self.coupled = any(isinstance(module, COUPLED) for module in model.modules())
+        self.differentiate = Replayed(self.losses_and_gradients)
+
+    def train(self, received: State, pool: Arrays, works: Sequence[Plan], settings: TrainingSettings) -> Trained:
+        """Train the clients of a round; the arguments are those of `small.train_each`."""
+        self.model.train()
+        order = sorted(range(len(works)), key=lambda i: -len(works[i].sizes))
+        stack = Stack(self.model, received, [works[i] for i in order], coupled=self.coupled)
+        losses = torch.zeros(len(works), dtype=torch.float64)
+        for step in range(int(stack.steps[0])):
+            stack.begin(step, settings)
+            found, gradients = self.gradients(stack, step, pool)
+            losses[: stack.active] += found[: stack.active]
+            stack.descend(gradients, settings)
+        stack.leave(0)
+        back = torch.tensor(order).argsort()
+        return Trained(
+            {name: value[back] for name, value in stack.done["parameters"].items()},
+            {name: value[back] for name, value in stack.done["buffers"].items()},
+            (losses / stack.steps)[back],
+            stack.steps[back],
+        )
+
+    def gradients(self, stack: "Stack", step: int, pool: Arrays) -> tuple[Tensor, list[Tensor]]:
+        """(w,) losses, and the gradient of each client's loss for its own parameters."""
+        losses = torch.zeros(stack.width, dtype=torch.float64)
+        total: list[Tensor] = []
+        for clients, chosen, weights in stack.batches(step):
+            x, y = stack.examples(pool, chosen, self.prepare)
+            parameters, buffers = stack.models(clients)
+            shapes = (x.shape, weights.shape, x.dtype)
+            found, gradients = self.differentiate(shapes, parameters, buffers, x, y, weights)
+            if clients is None:
+                return found.double(), gradients
+            losses[clients] = found.double()
+            for name, value in buffers.items():  # the model changed copies; of all clients' buffers it changed them
+                stack.buffers[name][clients] = value
+            if not total:
+                total = [torch.zeros(stack.width, *gradient.shape[1:]) for gradient in gradients]
+            for whole, part in zip(total, gradients, strict=True):
+                whole[clients] = part
+        return losses, total
+
+    def losses_and_gradients(
+        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of k clients' batches; the buffers are changed in place."""
+        leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+        with GroupedKernels():
+            logits = vmap(self.logits)(leaves, buffers, x)
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
+        found = (each * weights).sum(dim=1)
+        return found.detach(), list(torch.autograd.grad(found.sum(), list(leaves.values())))
+
+    def logits(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        """One client's (b, classes)."""
+        found: Tensor = functional_call(self.model, (parameters, buffers), (x,))
+        return found
 
 
 class Stack:
-    """The clients' models side by side, those with most steps first, and their one optimizer."""
+    """The clients' models side by side, those with most steps first, and their one optimizer.
 
-    def __init__(self, model: nn.Module, received: State, works: Sequence[Plan]):
-        self.model, n = model.train(), len(works)
+    Attributes:
+        active: how many clients are at work, the first ones.
+        width: how many take part, which are more: one who is done goes on in vain until a rung of the ladder is left,
+            because every new width costs. What it had when it was done is in `done`.
+        done: the clients' parameters and buffers as they were after their last step.
+    """
+
+    def __init__(self, model: nn.Module, received: State, works: Sequence[Plan], *, coupled: bool):
+        n, self.coupled = len(works), coupled
         self.parameters, self.buffers = (
             {name: received[name].detach().expand(n, *tensor.shape).clone() for name, tensor in tensors}
             for tensors in (model.named_parameters(), model.named_buffers())
         )
+        self.done = {
+            "parameters": {name: torch.empty_like(value) for name, value in self.parameters.items()},
+            "buffers": {name: torch.empty_like(value) for name, value in self.buffers.items()},
+        }
         self.steps = torch.tensor([len(work.sizes) for work in works])
-        width = max(work.indices.shape[1] for work in works)
-        self.indices = torch.zeros(n, int(self.steps[0]), width, dtype=torch.int64)
+        longest = max(work.indices.shape[1] for work in works)
+        self.indices = torch.zeros(n, int(self.steps[0]), longest, dtype=torch.int64)
         self.sizes = torch.zeros(n, int(self.steps[0]), dtype=torch.int64)
         for client, work in enumerate(works):
             self.indices[client, : len(work.sizes), : work.indices.shape[1]] = work.indices
             self.sizes[client, : len(work.sizes)] = work.sizes
+        self.weights = (torch.arange(longest) < self.sizes[..., None]).float() / self.sizes.clamp(min=1)[..., None]
+        self.working = (torch.arange(int(self.steps[0]))[:, None] < self.steps).sum(dim=1).tolist()
         self.anchors = {name: received[name].detach() for name in self.parameters}
-        self.coupled = any(isinstance(module, COUPLED) for module in model.modules())
+        self.active = self.width = n
         self.leaves: dict[str, Tensor] = {}
         self.optimizer: torch.optim.Optimizer | None = None
+        self.gathered = torch.empty(0)
 
-    def begin(self, step: int, settings: TrainingSettings) -> int:
-        """Leave out who is done, and return how many clients are at work."""
-        active = int((self.steps > step).sum())
-        if not self.leaves or active != len(next(iter(self.leaves.values()))):
-            self.leaves = {name: value[:active].detach().requires_grad_() for name, value in self.parameters.items()}
+    def begin(self, step: int, settings: TrainingSettings) -> None:
+        """Keep what those have who are done, and leave them out when they are many."""
+        if self.working[step] < self.active:
+            self.leave(self.working[step])
+        width = self.active if self.coupled else rung(self.active, len(self.steps))
+        if not self.leaves or width != self.width:
+            self.width = width
+            self.leaves = {name: value[:width] for name, value in self.parameters.items()}
             self.optimizer = continued(self.optimizer, list(self.leaves.values()), settings)
-        return active
 
-    def batches(self, active: int, step: int) -> Iterator[Batch]:
+    def leave(self, active: int) -> None:
+        """Only the first `active` clients are at work from now on."""
+        for name, value in self.parameters.items():
+            self.done["parameters"][name][active : self.active] = value[active : self.active]
+        for name, value in self.buffers.items():
+            self.done["buffers"][name][active : self.active] = value[active : self.active]
+        self.active = active
+
+    def batches(self, step: int) -> Iterator[Batch]:
         """The batches of a step: one call of the model for all, or one for each size where examples are coupled."""
-        sizes, chosen = self.sizes[:active, step], self.indices[:active, step]
-        if not self.coupled or bool((sizes == sizes[0]).all()):
-            width = int(sizes.max())
-            weights = (torch.arange(width) < sizes[:, None]).float()
-            yield Batch(None, chosen[:, :width], weights)
+        sizes = self.sizes[: self.width, step]
+        chosen, weights = self.indices[: self.width, step], self.weights[: self.width, step]
+        if not self.coupled:
+            yield Batch(None, chosen, weights)
             return
-        for size in sorted(set(sizes.tolist())):
+        if len(different := set(sizes.tolist())) == 1:
+            yield Batch(None, chosen[:, : int(sizes[0])], weights[:, : int(sizes[0])])
+            return
+        for size in sorted(different):
             clients = (sizes == size).nonzero().flatten()
-            yield Batch(clients, chosen[clients, :size], torch.ones(len(clients), size))
+            yield Batch(clients, chosen[clients, :size], weights[clients, :size])
 
-    def gradients(self, active: int, step: int, pool: Arrays, prepare: Prepare) -> tuple[Tensor, list[Tensor]]:
-        """(k,) losses, and the gradient of each client's loss for its own parameters."""
-        losses = torch.zeros(active, dtype=torch.float64)
-        total: Tensor | None = None
-        for clients, chosen, weights in self.batches(active, step):
-            flat = chosen.flatten()
-            inputs = prepare(pool.x[flat])
-            x = inputs.view(*chosen.shape, *inputs.shape[1:])
-            y = pool.y[flat].view(chosen.shape)
-            rows = slice(0, active) if clients is None else clients
-            parameters = {name: leaf if clients is None else leaf[clients] for name, leaf in self.leaves.items()}
-            buffers = {name: value[rows] for name, value in self.buffers.items()}
-            found = vmap(self.loss)(parameters, buffers, x, y, weights)
-            if clients is not None:  # the model changed copies; of all clients' buffers it changed them in place
-                for name, value in buffers.items():
-                    self.buffers[name][rows] = value
-            losses[rows] = found.detach().double()
-            total = found.sum() if total is None else total + found.sum()
-        assert total is not None
-        return losses, list(torch.autograd.grad(total, list(self.leaves.values())))
-
-    def loss(
-        self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor, y: Tensor, weights: Tensor
-    ) -> Tensor:
-        """One client's loss: the mean of the cross-entropies that count."""
-        each = nn.functional.cross_entropy(
-            functional_call(self.model, (parameters, buffers), (x,)), y, reduction="none"
+    def models(self, clients: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and buffers of some clients (copies), or of all that take part (views)."""
+        rows: Any = slice(0, self.width) if clients is None else clients
+        return (
+            {name: leaf[rows] for name, leaf in self.leaves.items()},
+            {name: value[rows] for name, value in self.buffers.items()},
         )
-        return (each * weights).sum() / weights.sum()
+
+    def examples(self, pool: Arrays, chosen: Tensor, prepare: Prepare) -> tuple[Tensor, Tensor]:
+        """(k, b, *input) and (k, b) of places (k, b), in memory that is used again."""
+        flat = chosen.reshape(-1)
+        if self.gathered.numel() < len(flat) * pool.x[0].numel() or self.gathered.dtype != pool.x.dtype:
+            self.gathered = torch.empty(len(flat), *pool.x.shape[1:], dtype=pool.x.dtype)
+        x = prepare(torch.index_select(pool.x, 0, flat, out=self.gathered[: len(flat)]))
+        return x.view(*chosen.shape, *x.shape[1:]), pool.y[flat].view(chosen.shape)
 
     def descend(self, gradients: Sequence[Tensor], settings: TrainingSettings) -> None:
-        """One step of the optimizer for all clients at work."""
+        """One step of the optimizer for all clients that take part."""
         assert self.optimizer is not None
         if settings.proximal:
             for gradient, (name, leaf) in zip(gradients, self.leaves.items(), strict=True):
-                gradient.add_(leaf.detach() - self.anchors[name], alpha=settings.proximal)
+                gradient.add_(leaf - self.anchors[name], alpha=settings.proximal)
         if settings.max_grad_norm is not None:
             squares = sum(gradient.flatten(1).square().sum(dim=1) for gradient in gradients)
             factors = (settings.max_grad_norm / (torch.as_tensor(squares).sqrt() + 1e-6)).clamp(max=1)
@@ -151,6 +209,14 @@ class Stack:
         for leaf, gradient in zip(self.leaves.values(), gradients, strict=True):
             leaf.grad = gradient
         self.optimizer.step()
+
+
+def rung(active: int, most: int) -> int:
+    """The next width that is allowed: `most`, and each time a quarter less."""
+    width = most
+    while active <= width - max(width // NARROWER, 1):
+        width -= max(width // NARROWER, 1)
+    return width
 
 
 def continued(
@@ -186,5 +252,5 @@ def clients_at_once(model: nn.Module, received: State, batch: Tensor, memory: in
         functional_call(model.eval(), dict(received), (batch,))
     for hook in hooks:
         hook.remove()
-    copies = 5  # parameters, gradients, two moments, and what is written
+    copies = 6  # parameters, gradients, two moments, what is done, and what is written
     return max(memory // (copies * sum(value.nbytes for value in received.values()) + 3 * activations), 1)

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedllm_sec.config import TrainingSettings
+from fedllm_sec.models import Shape, model
 from fedllm_sec.tasks.arrays import Arrays
 from fedllm_sec.training.plan import plan, steps_of
 from fedllm_sec.training.small import train_each
-from fedllm_sec.training.stacked import can_be_stacked, clients_at_once, train_together
+from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once, rung
 
 CLASSES = 3
 
@@ -49,13 +50,13 @@ def world(sizes, seed=0):
 def both(name, sizes, **options):
     """What training together and what training one by one give, from the same start."""
     torch.manual_seed(1)
-    model = MODELS[name]()
-    received = {key: value.clone() for key, value in model.state_dict().items()}
+    network = MODELS[name]()
+    received = {key: value.clone() for key, value in network.state_dict().items()}
     training = TrainingSettings(**{"steps": None, "batch_size": 4, "learning_rate": 0.1, **SGD, **options})
     pool, shards = world(sizes)
     works = [plan(shard, training, seed) for seed, shard in enumerate(shards)]
-    common = (model, received, pool, works, training, lambda x: x)
-    return train_together(*common), train_each(*common, seeds=range(len(works)))
+    each = train_each(network, received, pool, works, training, lambda x: x, seeds=range(len(works)))
+    return SideBySide(network, lambda x: x).train(received, pool, works, training), each
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -72,9 +73,12 @@ def both(name, sizes, **options):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("sizes", [(8, 8, 8), (9, 1, 16, 4, 6), (3,)], ids=str)
-def test_side_by_side_is_one_by_one(name, options, sizes):
+@pytest.mark.parametrize(
+    ("sizes", "often"), [((8, 8, 8), 2), ((9, 1, 16, 4, 6), 0), ((9, 1, 16, 4, 6), 1000), ((3,), 1000)], ids=str
+)
+def test_side_by_side_is_one_by_one(name, options, sizes, often, monkeypatch):
     """Ragged data, short batches and unequal numbers of steps included."""
+    monkeypatch.setattr("fedllm_sec.training.traced.OFTEN", often)
     if name == "normalised" and 1 in sizes:
         sizes = tuple(max(size, 2) for size in sizes)  # BatchNorm cannot learn from one example
         sizes = tuple(size + (size % 4 == 1) for size in sizes)
@@ -133,8 +137,56 @@ def test_what_cannot_be_stacked_says_so():
 def test_memory_decides_how_many_clients_train_at_once():
     model = linear()
     received, batch = model.state_dict(), torch.zeros(10, 2, 4, 4)
-    one = 5 * 4 * (32 * CLASSES + CLASSES)
+    one = 6 * 4 * (32 * CLASSES + CLASSES)
     assert clients_at_once(model, received, batch, 1) == 1
     few, many = clients_at_once(model, received, batch, 100 * one), clients_at_once(model, received, batch, 1000 * one)
     assert 1 <= few < 100
     assert 9 * few <= many <= 10 * (few + 1)
+
+
+@pytest.mark.parametrize("name", ["lr", "lenet", "resnet20"])
+def test_a_replay_is_the_step_that_was_recorded(name, monkeypatch):
+    """Real models, other data in the second round than in the first, which was recorded; BatchNorm's buffers too."""
+    torch.manual_seed(0)
+    network = model.build(name, {"norm": "batch"} if name == "resnet20" else {})(Shape((3, 16, 16), CLASSES, None))
+    received = {key: value.clone() for key, value in network.state_dict().items()}
+    training = TrainingSettings(steps=2, batch_size=4, learning_rate=0.05, **SGD)
+    rounds = []
+    for often in (0, 1000):
+        monkeypatch.setattr("fedllm_sec.training.traced.OFTEN", often)
+        trainer, got = SideBySide(network, lambda x: x), []
+        for seed in (1, 2):
+            generator = torch.Generator().manual_seed(seed)
+            pool = Arrays(
+                torch.randn(24, 3, 16, 16, generator=generator),
+                torch.randint(CLASSES, (24,), generator=generator),
+                None,
+            )
+            works = [plan(torch.arange(12 * i, 12 * i + 12), training, seed) for i in range(2)]
+            got.append(trainer.train(received, pool, works, training))
+        assert bool(trainer.differentiate.recordings) == (often == 0)
+        rounds.append(got)
+    for replayed, called in zip(*rounds, strict=True):
+        for kind in ("parameters", "buffers", "loss"):  # to the bit: a run that is resumed records at another time
+            torch.testing.assert_close(getattr(replayed, kind), getattr(called, kind), rtol=0, atol=0)
+
+
+def test_words_are_stacked_too():
+    torch.manual_seed(0)
+    network = model.build("lr", {})(Shape((6,), CLASSES, 20))
+    received = {key: value.clone() for key, value in network.state_dict().items()}
+    training = TrainingSettings(steps=3, batch_size=4, learning_rate=0.5, **SGD)
+    pool = Arrays(torch.randint(20, (30, 6)), torch.randint(CLASSES, (30,)), None)
+    works = [plan(torch.arange(start, start + 10), training, start) for start in (0, 10, 20)]
+    together = SideBySide(network, lambda x: x).train(received, pool, works, training)
+    each = train_each(network, received, pool, works, training, lambda x: x, seeds=range(3))
+    torch.testing.assert_close(together.parameters, each.parameters, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 100])
+def test_every_number_of_clients_has_a_rung(most):
+    for active in range(1, most + 1):
+        width = rung(active, most)
+        assert active <= width <= most
+        assert active > width - max(width // 4, 1)
+    assert len({rung(active, most) for active in range(1, most + 1)}) <= 20
