@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedllm_sec.updates.errors import InputError
 
@@ -127,6 +137,45 @@ class ArmSettings(Strict):
     defenses: tuple[Method, ...] = ()
 
 
+class Claim(Strict):
+    """What is said of the arms, as a check of a metric (`reports/claims.py` measures it).
+
+    The number is the metric of `arm`; with `share_of`, the share of what that arm learnt that `arm` has kept; with
+    `against`, how much more of it `arm` has than that arm.
+    """
+
+    says: Annotated[str, StringConstraints(min_length=1)]
+    arm: str
+    against: str | None = None
+    share_of: str | None = None
+    metric: str = "accuracy"
+    at_least: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    at_most: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    last: Count = 5  # rounds, of which the mean counts: one round alone is noise
+    source: str | None = None  # who says so
+
+    @model_validator(mode="after")
+    def can_hold_and_can_fail(self) -> "Claim":
+        """A claim without a bound holds always, and one whose bounds cross never."""
+        bounds = [bound for bound in (self.at_least, self.at_most) if bound is not None]
+        if not bounds or bounds != sorted(bounds):
+            raise ValueError("set at_least or at_most, or both with at_least <= at_most")
+        return self
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The arms that it needs."""
+        return tuple(name for name in (self.arm, self.against, self.share_of) if name is not None)
+
+
+def about_known_arms(claim: Claim, info: ValidationInfo) -> Claim:
+    """Raise ValueError for a claim about an arm that the configuration does not have."""
+    known = info.data.get("arms", claim.arms)  # arms that are faulty themselves are told of elsewhere
+    if unknown := set(claim.arms) - set(known):
+        raise ValueError(f"no arm is called {' or '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return claim
+
+
 class Config(Strict):
     """A whole experiment."""
 
@@ -141,6 +190,7 @@ class Config(Strict):
     federation: FederationSettings = FederationSettings()
     eval_batch_size: Count = 16
     arms: Annotated[dict[ArmName, ArmSettings], Field(min_length=1)]
+    claims: tuple[Annotated[Claim, AfterValidator(about_known_arms)], ...] = ()  # what the report checks
     trackers: tuple[str, ...] = ()  # Accelerate's: tensorboard, wandb, ...
 
     @field_validator("arms")
@@ -238,7 +288,7 @@ def fields_beside(location: Sequence[Any]) -> list[str]:
         field = model.model_fields.get(part)
         if field is None:  # a name in `arms`
             continue
-        model = ArmSettings if part == "arms" else field.annotation
+        model = {"arms": ArmSettings, "claims": Claim}.get(part, field.annotation)
     return sorted(model.model_fields)
 
 

@@ -39,15 +39,19 @@ def run_command(path: Path, overrides: Sequence[str], world: World, *, resume: b
     """
     quieten(world)  # before the heavy imports, some of which talk
     from fedllm_sec.federation.experiment import load_config, run_experiment
+    from fedllm_sec.reports.claims import claims_table, findings
     from fedllm_sec.reports.page import report
-    from fedllm_sec.reports.read import read_run
+    from fedllm_sec.reports.read import Group, read_run
     from fedllm_sec.reports.table import results_table
 
     config = load_config(path, overrides, world)
     folder = run_experiment(config, world, resume=resume)
     if world.is_main:
         page = report([folder])
-        console.print(results_table([read_run(folder)]))
+        done = Group([read_run(folder)])
+        console.print(results_table([done]))
+        if found := findings(done):
+            console.print(claims_table(found))
         console.print("report:", end=" ")
         sys.stderr.flush()
         print(page)

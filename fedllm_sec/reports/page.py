@@ -1,12 +1,13 @@
-"""One self-contained HTML page: table, figures, who was kept in each round, and the configuration."""
+"""One self-contained HTML page: table, claims, figures, who was kept in each round, and the configuration."""
 
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from fedllm_sec.reports.figure import TITLES, draw
-from fedllm_sec.reports.read import Curve, Run, label, read_run
+from fedllm_sec.reports.claims import HEAD, READING, Finding, claims_markdown, findings, origin
+from fedllm_sec.reports.figure import TITLES, draw, seeds_note
+from fedllm_sec.reports.read import Curve, Group, Run, grouped, label, read_run
 from fedllm_sec.reports.table import rows
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_text
@@ -20,12 +21,16 @@ th:first-child, td:first-child { text-align: left; }
 .figures img { width: 100%; height: auto; }
 .kept { background: #d8f0e2; } .malicious { color: #b3261e; font-weight: 600; }
 td.client { text-align: center; }
+.claims th, .claims td { text-align: left; } .claims td:last-child { white-space: nowrap; font-weight: 600; }
+.holds { background: #d8f0e2; } .fails { background: #f9d9d6; } .some { background: #fdeec8; } .unknown { color: #666; }
 pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: 13px; }
 """
 
 
 def report(folders: Sequence[Path], out: Path | None = None) -> Path:
-    """Write figures and page of one or more runs, and return the page.
+    """Write figures, page and `claims.md` (if anything is claimed) of one or more runs, and return the page.
+
+    Runs of one configuration, each from a seed of its own, are one curve an arm: their mean, and a band.
 
     Args:
         folders: of the runs.
@@ -34,17 +39,21 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     Raises:
         InputError: if a folder holds no run.
     """
-    runs = [read_run(folder) for folder in folders]
+    groups = grouped([read_run(folder) for folder in folders])
+    claimed = claims_markdown(groups)
+    runs = [run for group in groups for run in group.runs]
     out = out or folders[0] / "report"
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error}") from None
     measured = [metric for metric in TITLES if metric in runs[0].curves[0].last]
-    drawings = [image(TITLES[metric], draw(runs, metric, out)[1]) for metric in measured]
+    drawings = [image(TITLES[metric], draw(groups, metric, out)[1]) for metric in measured]
     splits = [run.folder / "split.svg" for run in runs]
     drawings += [image("Who has which examples", split) for split in splits if split.is_file()]
-    write_text(out / "index.html", page(runs, drawings))
+    if claimed:
+        write_text(out / "claims.md", claimed)
+    write_text(out / "index.html", page(groups, drawings))
     return out / "index.html"
 
 
@@ -53,20 +62,51 @@ def image(title: str, svg: Path) -> str:
     return f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{b64encode(svg.read_bytes()).decode()}'>"
 
 
-def page(runs: Sequence[Run], drawings: Sequence[str]) -> str:
+def page(groups: Sequence[Group], drawings: Sequence[str]) -> str:
     """The page's text."""
-    title = ", ".join(run.folder.name for run in runs)
+    title = ", ".join(group.name for group in groups)
+    runs = [run for group in groups for run in group.runs]
     parts = [
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>",
         f"<h1>{escape(title)}</h1>",
-        html_table(*rows(runs)),
+        html_table(*rows(groups)),
         majority_line(runs[0].curves[0]),
+        f"<p>{seeds_note(groups)}</p>",
+        claims_section(groups),
         f"<div class='figures'>{''.join(drawings)}</div>",
     ]
     for run in runs:
-        parts += [kept_table(curve, label(run, curve, len(runs) == 1)) for curve in run.curves]
-    parts += [f"<h2>Configuration of {escape(run.folder.name)}</h2><pre>{escape(run.config)}</pre>" for run in runs]
+        parts += [kept_table(curve, label(run, curve.name, len(runs) == 1)) for curve in run.curves]
+    parts += [configuration(group.runs[0], group.runs[1:]) for group in groups]
     return "\n".join(parts) + "</html>\n"
+
+
+def claims_section(groups: Sequence[Group]) -> str:
+    """What is claimed, ours, and whether it holds; '' where nothing is claimed."""
+    found = [(group, findings(group)) for group in groups]
+    tables = [
+        f"<h3>{escape(group.name)}: {escape(origin(group))}</h3>{claims_html(some)}" for group, some in found if some
+    ]
+    return f"<h2>Claims</h2><p>{escape(READING)}</p>{''.join(tables)}" if tables else ""
+
+
+def claims_html(found: Sequence[Finding]) -> str:
+    """A group's table of claims: green holds, red fails, yellow where the seeds do not agree."""
+    classes = {"holds": "holds", "fails": "fails", "not measured": "unknown"}
+    head = "".join(f"<th>{escape(title)}</th>" for title in HEAD)
+    lines = ""
+    for finding in found:
+        *cells, verdict = finding.cells
+        lines += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        lines += f"<td class='{classes.get(verdict, 'some')}'>{escape(verdict)}</td></tr>"
+    return f"<table class='claims'><tr>{head}</tr>{lines}</table>"
+
+
+def configuration(run: Run, others: Sequence[Run]) -> str:
+    """What ran; of the runs of one experiment, the first one's, for they differ in seed and folder alone."""
+    names = ", ".join(other.folder.name for other in others)
+    also = f"<p>That of {escape(names)} differs in seed and folder alone.</p>" if others else ""
+    return f"<h2>Configuration of {escape(run.folder.name)}</h2>{also}<pre>{escape(run.config)}</pre>"
 
 
 def majority_line(curve: Curve) -> str:

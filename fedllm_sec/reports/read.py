@@ -1,12 +1,15 @@
-"""Read what a run left."""
+"""Read what runs left, and put those together that differ by their seed alone."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from fedllm_sec.updates.errors import InputError
+
+SHARES = ("accuracy", "macro_f1")  # metrics from 0 to 1
 
 
 class Curve(NamedTuple):
@@ -27,11 +30,53 @@ class Curve(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run's folder, read."""
+    """A run's folder, read; `tree` is its configuration as data, `config` as text."""
 
     folder: Path
     config: str
+    tree: dict[str, Any]
     curves: list[Curve]
+
+    @property
+    def experiment(self) -> dict[str, Any]:
+        """Its configuration but for what tells the runs of one experiment apart."""
+        return {key: value for key, value in self.tree.items() if key not in ("seed", "out")}
+
+    @property
+    def seed(self) -> Any:
+        """From which it drew."""
+        return self.tree.get("seed")
+
+    def curve(self, arm: str) -> Curve | None:
+        """One arm's, or None if no round of it is finished."""
+        return next((curve for curve in self.curves if curve.name == arm), None)
+
+
+class Group(NamedTuple):
+    """The runs of one experiment, each from another seed; often just one."""
+
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """The first run's folder, and how many seeds there are if more than one."""
+        first = self.runs[0].folder.name
+        return first if len(self.runs) == 1 else f"{first} ({len(self.runs)} seeds)"
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms with at least one round in any run, in the order of the configuration."""
+        return [arm for arm in self.runs[0].tree["arms"] if any(run.curve(arm) for run in self.runs)]
+
+    def curves(self, arm: str) -> list[Curve]:
+        """One arm's curve in every run that has begun it."""
+        return [curve for run in self.runs if (curve := run.curve(arm))]
+
+    def values(self, arm: str, metric: str) -> tuple[list[int], list[list[float]]]:
+        """Rounds, and the values of a metric in each: those rounds in which every curve of the arm has one."""
+        measured = [dict(zip(*curve.values(metric), strict=True)) for curve in self.curves(arm)]
+        rounds = sorted(set.intersection(*(set(values) for values in measured)))
+        return rounds, [[values[i] for values in measured] for i in rounds]
 
 
 def read_run(folder: Path) -> Run:
@@ -45,7 +90,8 @@ def read_run(folder: Path) -> Run:
         raise InputError(f"{folder}: holds no run (no config.yaml)")
     try:
         text = path.read_text(encoding="utf-8")
-        files = {arm: folder / arm / "metrics.jsonl" for arm in yaml.safe_load(text)["arms"]}
+        tree = yaml.safe_load(text)
+        files = {arm: folder / arm / "metrics.jsonl" for arm in tree["arms"]}
         rounds = {
             arm: [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             for arm, file in files.items()
@@ -56,9 +102,28 @@ def read_run(folder: Path) -> Run:
     curves = [Curve(arm, rows) for arm, rows in rounds.items() if rows]
     if not curves:
         raise InputError(f"{folder}: no round of this run is finished yet")
-    return Run(folder, text, curves)
+    return Run(folder, text, tree, curves)
 
 
-def label(run: Run, curve: Curve, alone: bool) -> str:
-    """The arm's name, with its run's where several runs are shown."""
-    return curve.name if alone else f"{run.folder.name}: {curve.name}"
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Put runs together whose configurations differ in `seed` and `out` alone; two of the same seed stay apart."""
+    groups: list[Group] = []
+    for run in runs:
+        for group in groups:
+            same = group.runs[0].experiment == run.experiment
+            if same and all(other.seed != run.seed for other in group.runs):
+                group.runs.append(run)
+                break
+        else:
+            groups.append(Group([run]))
+    return groups
+
+
+def label(owner: Run | Group, arm: str, alone: bool) -> str:
+    """The arm's name, with its run's or group's where several are shown, and how many seeds it has if not all."""
+    name = arm
+    if isinstance(owner, Group) and (begun := len(owner.curves(arm))) < len(owner.runs):
+        name += f" ({begun} of {len(owner.runs)} seeds)"
+    if alone:
+        return name
+    return f"{owner.folder.name if isinstance(owner, Run) else owner.name}: {name}"
