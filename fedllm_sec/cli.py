@@ -137,7 +137,7 @@ def list_methods(
     from fedllm_sec.models import model
     from fedllm_sec.registry import did_you_mean, signature_text
     from fedllm_sec.tasks import task
-    from fedllm_sec.training.procedure import procedure
+    from fedllm_sec.training.procedures import procedure
 
     registries: dict[str, Any] = {"attacks": fedllm_sec.attack, "defenses": fedllm_sec.defense}
     registries |= {"tasks": task, "models": model, "procedures": procedure, "optimizers": optimizer}

@@ -22,7 +22,7 @@ from fedllm_sec.training.plan import plan
 from fedllm_sec.training.small import Trained, train_each
 from fedllm_sec.training.stacked import SideBySide
 
-CASES = (("lr", 100), ("lr", 10), ("lenet", 10), ("lenet", 100), ("cnn", 10))
+CASES = (("lr", 100), ("lr", 10), ("lenet", 10), ("lenet", 30), ("lenet", 100), ("cnn", 10), ("cnn", 100))
 SETTINGS = TrainingSettings(
     steps=None, epochs=1, batch_size=10, optimizer="sgd", learning_rate=0.03, max_grad_norm=None
 )
@@ -33,6 +33,7 @@ def main(
         str, typer.Option(help="MNIST: a hub id, a file or a folder; default: scikit-learn's digits.")
     ] = "embedded",
     repeats: Annotated[int, typer.Option(help="Of each way.")] = 3,
+    warm: Annotated[int, typer.Option(help="Rounds side by side before the timing, as a run of many rounds has.")] = 12,
     examples: Annotated[int, typer.Option(help="At most so many, over all clients.")] = 60_000,
     threads: Annotated[int, typer.Option(help="Torch's.")] = 2,
     only: Annotated[str | None, typer.Option(help="One model, by name.")] = None,
@@ -48,12 +49,12 @@ def main(
     )
     for name, clients in CASES:
         if only in (None, name):
-            together, each = measured(name, clients, work, data, repeats)
+            together, each = measured(name, clients, work, data, repeats, warm)
             table.add_row(name, str(clients), f"{together:.3f} s", f"{each:.3f} s", f"{each / together:.1f}")
     Console().print(table)
 
 
-def measured(name: str, clients: int, work: ArrayTask, data: Arrays, repeats: int) -> tuple[float, float]:
+def measured(name: str, clients: int, work: ArrayTask, data: Arrays, repeats: int, warm: int) -> tuple[float, float]:
     """Median seconds of a round side by side, and one by one."""
     torch.manual_seed(0)
     network = model.build(name, {})(Shape(work.shape, work.classes, work.vocabulary))
@@ -69,6 +70,8 @@ def measured(name: str, clients: int, work: ArrayTask, data: Arrays, repeats: in
     def each() -> Trained:
         return train_each(network, received, data, works, SETTINGS, lambda x: x, range(clients))
 
+    for _ in range(warm):
+        together()
     times: dict[str, list[float]] = {"together": [], "each": []}
     for _ in range(repeats):
         for way, run in (("together", together), ("each", each)):

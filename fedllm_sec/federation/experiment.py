@@ -18,9 +18,11 @@ from fedllm_sec.core import derived_seed
 from fedllm_sec.federation.adapters import AdapterLearner
 from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.examples import load_examples
+from fedllm_sec.federation.knowledge import KnowledgeLearner
 from fedllm_sec.federation.learner import Learner
 from fedllm_sec.federation.loop import Arm, prepare_arm
 from fedllm_sec.federation.models import ModelLearner
+from fedllm_sec.federation.optimizers import optimizer
 from fedllm_sec.federation.run_folder import ArmFolder, check_free, claim
 from fedllm_sec.federation.scale import choose_scale
 from fedllm_sec.federation.server import build_methods
@@ -28,6 +30,7 @@ from fedllm_sec.federation.texts import Data, load_data
 from fedllm_sec.federation.trackers import check_trackers
 from fedllm_sec.federation.world import World
 from fedllm_sec.models import Shape, model
+from fedllm_sec.models.split import Halves, cut
 from fedllm_sec.reports.split import draw_split
 from fedllm_sec.tasks.arrays import ArrayTask
 from fedllm_sec.tasks.encoding import encode, shortened
@@ -71,6 +74,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     work = task.build(config.task.name, config.task.parameters)
     folder = Path(config.out or f"runs/{config.name}-{config.scale}")
     check_free(folder, to_yaml(config), resume=resume)
+    world.wait()  # nobody claims the folder before everybody has looked
     learner = (
         model_learner(config, work, world) if isinstance(work, ArrayTask) else adapter_learner(config, work, world)
     )
@@ -84,7 +88,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     for name, arm in config.arms.items():
         place = ArmFolder(folder / name)
         if world.is_main:
-            alone = config.model_copy(update={"arms": {name: arm}})
+            alone = config.model_copy(update={"arms": {name: arm}, "claims": ()})
             prepare_arm(place, to_yaml(alone), here, learner)
         world.wait()
         Arm(name, arm, methods[name], config, place, world, learner).run()
@@ -108,9 +112,12 @@ def model_learner(config: Config, work: ArrayTask, world: World) -> Learner:
     examples = load_examples(config, work)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, "model"))
-        network = builder(Shape(work.shape, work.classes, work.vocabulary))
+        shape = Shape(work.shape, work.classes, work.vocabulary)
+        network = cut(builder, shape, config.model.name) if exchanges_knowledge(config) else builder(shape)
     weights = sum(parameter.numel() for parameter in network.parameters())
     description = f"{config.model.name}, {weights:,} weights"
+    if isinstance(network, Halves):
+        description += f", of which a client has {sum(p.numel() for p in network.edge.parameters()):,}"
     if world.is_main:
         sizes = sorted(len(shard) for shard in examples.shards)
         console.print(
@@ -119,7 +126,15 @@ def model_learner(config: Config, work: ArrayTask, world: World) -> Learner:
             highlight=False,
             soft_wrap=True,
         )
+    if isinstance(network, Halves):
+        return KnowledgeLearner(network, description, work, examples, config, world)
     return ModelLearner(network, description, work, examples, config, world)
+
+
+def exchanges_knowledge(config: Config) -> bool:
+    """Whether clients and server exchange knowledge in place of weights."""
+    chosen = config.federation.optimizer
+    return optimizer.build(chosen.name, chosen.parameters).transfer is not None
 
 
 def adapter_learner(config: Config, work: Task, world: World) -> Learner:
@@ -155,6 +170,7 @@ def check_for_trainer(config: Config) -> None:
         "training.proximal is for small models": training.proximal,
         "training.together is for small models": training.together is not None,
         "training.procedure is for small models": training.procedure.name != "supervised",
+        "federation.optimizer=fedgkt is for small models": exchanges_knowledge(config),
         "data.partition.kind=natural is for small models": config.data.partition.kind == "natural",
     }.items():
         if wrong:

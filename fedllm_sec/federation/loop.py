@@ -9,6 +9,8 @@ from typing import Any
 
 from fedllm_sec.config import ArmSettings, Config
 from fedllm_sec.core import Round, Threat
+from fedllm_sec.federation.knowledge import KnowledgeLearner
+from fedllm_sec.federation.knowledge_server import KnowledgeServer
 from fedllm_sec.federation.learner import Learner, Training, finite
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.federation.progress import RoundProgress
@@ -91,6 +93,8 @@ class Arm:
     @property
     def server(self) -> Server:
         """The server's side."""
+        if isinstance(self.learner, KnowledgeLearner):
+            return KnowledgeServer(self.folder, self.settings, self.methods, self.config, self.learner)
         return Server(self.folder, self.settings, self.methods, self.config)
 
     def serve(self, round: Round, present: Sequence[int], training_wall: float) -> dict[str, Any]:

@@ -18,16 +18,15 @@ from fedllm_sec.federation.run_folder import BUFFERS, MANY, SERVER, client_name,
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.arrays import Arrays, ArrayTask
 from fedllm_sec.training.plan import Plan
-from fedllm_sec.training.procedure import procedure
+from fedllm_sec.training.procedures import procedure
 from fedllm_sec.training.schedule import factor
 from fedllm_sec.training.small import Trained, train_each
-from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once
+from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once, pays
 from fedllm_sec.updates.device import parse_bytes
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import atomic_folder
 from fedllm_sec.updates.sources import MODEL_FILE
 
-ALONE = 200_000  # weights; a larger model keeps the cores busy alone (LeNet gains, the FedAvg CNN loses by half)
 PREPARED = 2**31  # bytes; examples that take no more are prepared once for the whole run
 
 
@@ -62,13 +61,14 @@ class ModelLearner:
         self.lengths: dict[int, int] = {}  # of each client's work, in steps
         self.first = {name: value.detach().clone() for name, value in model.state_dict().items()}
         self.parameters = {name for name, _ in model.named_parameters()}
-        self.weights = sum(parameter.numel() for parameter in model.parameters())
         self.procedure = procedure.build(config.training.procedure.name, config.training.procedure.parameters)
         self.procedure.check(model, config.training)
         self.pool, self.prepare = examples.train, self.procedure.prepare(work)
         if self.pool.x.is_floating_point() or 4 * self.pool.x.numel() <= PREPARED:
             self.pool, self.prepare = self.prepared(self.pool), as_it_is
         self.side_by_side = SideBySide(model, self.prepare)
+        for client in [*range(len(examples.shards)), *([SERVER] if self.has_root else [])]:
+            self.steps(client)  # a procedure may refuse a client: before any work
 
     @property
     def has_root(self) -> bool:
@@ -157,7 +157,7 @@ class ModelLearner:
     def together(self, received: dict[str, Tensor]) -> int:
         """How many clients to train side by side; 1: one after another."""
         asked = self.config.training.together
-        if asked is False or (asked is None and self.weights > ALONE):
+        if asked is False or (asked is None and not pays(self.model, self.config.training.threads)):
             return 1
         if not (self.procedure.stackable and can_be_stacked(self.model)):
             if asked:

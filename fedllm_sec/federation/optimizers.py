@@ -10,6 +10,7 @@ from torch import Tensor
 from fedllm_sec.config import TrainingSettings
 from fedllm_sec.core import Round
 from fedllm_sec.registry import Registry
+from fedllm_sec.training.transfer import Transfer
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.layout import Span
 from fedllm_sec.updates.rows import read_back
@@ -17,6 +18,8 @@ from fedllm_sec.updates.update_set import UpdateSet
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0)]
+Epochs = Annotated[int, Field(ge=1)]
 Rule = Callable[[Tensor], Tensor]  # (1 + moments, c) float64: the aggregate and the moments -> the step and new moments
 FOLDER = "optimizer"  # in a round's folder
 
@@ -28,11 +31,13 @@ class Optimizer(NamedTuple):
         lengths: gives what each client's row is divided by, of its number of local steps (n,); FedNova's.
         step: one row, the aggregate -> one row, what is added to the global model.
         check: raises InputError for a local training that it cannot go with.
+        transfer: how clients and server exchange knowledge in place of weights; then nothing is aggregated (FedGKT's).
     """
 
     lengths: Callable[[Tensor, TrainingSettings], Tensor] | None
     step: Callable[[UpdateSet, Round], UpdateSet]
     check: Callable[[TrainingSettings], None] = lambda training: None
+    transfer: Transfer | None = None
 
 
 optimizer: Registry[Optimizer] = Registry("optimizer")
@@ -126,6 +131,35 @@ def fedadam(*, learning_rate: Rate = 0.01, beta_1: Decay = 0.9, beta_2: Decay = 
 def fedyogi(*, learning_rate: Rate = 0.01, beta_1: Decay = 0.9, beta_2: Decay = 0.99, tau: Rate = 1e-3) -> Optimizer:
     """Yogi on the server: v = v - (1 - beta_2) Delta^2 sign(v - Delta^2)."""
     return adaptive(lambda v, square: v - (1 - beta_2) * square * (v - square).sign(), learning_rate, beta_1, tau)
+
+
+@optimizer("fedgkt", paper="He, Annavaram and Avestimehr 2020, arXiv:2007.14513, algorithm 1")
+def fedgkt(
+    *,
+    alpha: Share = 1.0,
+    beta: Share = 1.0,
+    temperature: Rate = 3.0,
+    epochs: Epochs = 1,
+    learning_rate: Rate | None = None,
+) -> Optimizer:
+    """Group knowledge transfer: clients send features, logits and labels, on which the server trains a large network.
+
+    No weights are exchanged, so that nothing is aggregated or weighted. `alpha` weighs the server's logits in the
+    clients' loss, `beta` the clients' in the server's. The server makes so many `epochs` in a round; its learning rate
+    is by default that of the clients.
+    """
+
+    def check(training: TrainingSettings) -> None:
+        if training.procedure.name != "supervised" or training.proximal or training.together:
+            raise InputError(
+                "fedgkt has a local training of its own, one client after another: leave out training.procedure, "
+                "training.proximal and training.together"
+            )
+
+    def step(update: UpdateSet, round: Round) -> UpdateSet:
+        raise InputError("fedgkt exchanges features, not weights: there are no updates to aggregate")
+
+    return Optimizer(None, step, check, Transfer(alpha, beta, temperature, epochs, learning_rate))
 
 
 def with_moments(initial: Mapping[str, float], rule: Rule) -> Optimizer:

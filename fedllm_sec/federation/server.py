@@ -12,6 +12,7 @@ from fedllm_sec.config import ArmSettings, Config, FederationSettings
 from fedllm_sec.core import Attack, Defense, Round, Threat, aggregate, derived_seed, poison
 from fedllm_sec.federation.buffers import aggregate_buffers
 from fedllm_sec.federation.optimizers import Optimizer, optimizer
+from fedllm_sec.federation.participants import participants
 from fedllm_sec.federation.run_folder import (
     SERVER,
     ArmFolder,
@@ -48,7 +49,7 @@ class Methods(NamedTuple):
 
 
 def build_methods(arm: ArmSettings, config: Config) -> Methods:
-    """Build an arm's methods and rehearse its defenses on as many tiny updates as there are clients.
+    """Build an arm's methods and rehearse its defenses.
 
     Raises:
         InputError: for unknown names or parameters, a client that does not exist, or a defense that cannot work with
@@ -63,13 +64,41 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
         optimizer.build(federation.optimizer.name, federation.optimizer.parameters),
     )
     methods.optimizer.check(config.training)
-    present = min(federation.participants or federation.clients, federation.clients)
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(present)]
-    updates = stack_updates(rows, [1.0] * present)
-    trusted = updates.rows([0]) if federation.root_samples else None
-    aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
+    if methods.optimizer.transfer is not None:
+        check_for_transfer(methods, federation)
+    rehearse(methods, config)
     return methods
+
+
+def rehearse(methods: Methods, config: Config) -> None:
+    """Let the defenses work on as many tiny updates as clients answer in the round in which the fewest do.
+
+    Raises:
+        InputError: naming that round, if they cannot work with so few.
+    """
+    federation = config.federation
+    rounds = range(1, federation.rounds + 1) if federation.dropout else [1]
+    fewest, index = min((len(participants(federation, config.seed, index)), index) for index in rounds)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(fewest)]
+    updates = stack_updates(rows, [1.0] * fewest)
+    trusted = updates.rows([0]) if federation.root_samples else None
+    try:
+        aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
+    except InputError as error:
+        if fewest == federation.clients:
+            raise
+        raise InputError(f"in round {index} only {fewest} of {federation.clients} clients answer: {error}") from None
+
+
+def check_for_transfer(methods: Methods, federation: FederationSettings) -> None:
+    """Raise InputError for what acts on weights, where clients send features."""
+    attack = methods.attack
+    if methods.defenses or federation.root_samples or (attack and (attack.poison_model or not attack.poison_data)):
+        raise InputError(
+            f"{federation.optimizer.name} exchanges features, not weights: leave out defenses and "
+            "federation.root_samples, and of attacks take one that acts on data alone, such as label_flipping"
+        )
 
 
 def malicious_clients(arm: ArmSettings, clients: int, seed: int, index: int) -> tuple[int, ...]:

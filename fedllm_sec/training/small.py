@@ -31,14 +31,16 @@ class Trained(NamedTuple):
     steps: Tensor
 
 
-def optimizer_of(parameters: Sequence[Tensor], settings: TrainingSettings) -> torch.optim.Optimizer:
-    """The local optimizer, fresh."""
+def optimizer_of(
+    parameters: Sequence[Tensor], settings: TrainingSettings, *, fused: bool | None = None
+) -> torch.optim.Optimizer:
+    """The local optimizer, fresh; `fused` is torch's: one pass over each tensor."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay)
+        return torch.optim.SGD(parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=fused)
     if settings.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=fused)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=fused)
 
 
 def train_one(

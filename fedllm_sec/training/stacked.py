@@ -20,12 +20,24 @@ from fedllm_sec.training.traced import GroupedKernels, Replayed
 
 COUPLED = nn.modules.batchnorm._BatchNorm  # its examples see one another
 NARROWER = 4  # a quarter of the clients have to be done before the others go on without them
+LARGE = 200_000  # weights
 ALONE = (nn.RNNBase, nn.RNNCellBase, nn.modules.dropout._DropoutNd)  # vmap cannot run them, or they draw per client
 
 
 def can_be_stacked(model: nn.Module) -> bool:
     """Whether the clients' copies of a model can be trained as one."""
     return not any(isinstance(module, ALONE) for module in model.modules())
+
+
+def pays(model: nn.Module, threads: int) -> bool:
+    """Whether clients train faster side by side than one after another with so many threads, as measured on CPUs.
+
+    A large model keeps the cores busy alone. Grouped convolutions do more work than single ones, but a small single one
+    has nothing for a second thread.
+    """
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    convolves = any(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
+    return weights <= LARGE and (threads > 1 or not convolves)
 
 
 class Batch(NamedTuple):
@@ -59,29 +71,27 @@ class SideBySide:
         """Train the clients of a round; the arguments are those of `small.train_each`."""
         self.model.train()
         order = sorted(range(len(works)), key=lambda i: -len(works[i].sizes))
-        stack = Stack(self.model, received, [works[i] for i in order], coupled=self.coupled)
+        stack = Stack(self.model, received, works, order, coupled=self.coupled)
+        truth = pool.y[stack.indices]
         losses = torch.zeros(len(works), dtype=torch.float64)
         for step in range(int(stack.steps[0])):
             stack.begin(step, settings)
-            found, gradients = self.gradients(stack, step, pool)
+            found, gradients = self.gradients(stack, step, pool.x, truth[step])
             losses[: stack.active] += found[: stack.active]
             stack.descend(gradients, settings)
         stack.leave(0)
-        back = torch.tensor(order).argsort()
-        return Trained(
-            {name: value[back] for name, value in stack.done["parameters"].items()},
-            {name: value[back] for name, value in stack.done["buffers"].items()},
-            (losses / stack.steps)[back],
-            stack.steps[back],
-        )
+        back = stack.order.argsort()
+        return Trained(stack.done["parameters"], stack.done["buffers"], (losses / stack.steps)[back], stack.steps[back])
 
-    def gradients(self, stack: "Stack", step: int, pool: Arrays) -> tuple[Tensor, list[Tensor]]:
+    def gradients(self, stack: "Stack", step: int, pool: Tensor, truth: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(w,) losses, and the gradient of each client's loss for its own parameters."""
         losses = torch.zeros(stack.width, dtype=torch.float64)
         total: list[Tensor] = []
         for clients, chosen, weights in stack.batches(step):
-            x, y = stack.examples(pool, chosen, self.prepare)
+            x = stack.examples(pool, chosen, self.prepare)
+            y = truth[slice(stack.width) if clients is None else clients][:, : chosen.shape[1]]
             parameters, buffers = stack.models(clients)
+            y, weights = y.contiguous(), weights.contiguous()  # a recording goes with one layout in memory
             shapes = (x.shape, weights.shape, x.dtype)
             found, gradients = self.differentiate(shapes, parameters, buffers, x, y, weights)
             if clients is None:
@@ -102,9 +112,9 @@ class SideBySide:
         leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
         with GroupedKernels():
             logits = vmap(self.logits)(leaves, buffers, x)
-        each = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
-        found = (each * weights).sum(dim=1)
-        return found.detach(), list(torch.autograd.grad(found.sum(), list(leaves.values())))
+        each = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        gradients = torch.autograd.grad(each, list(leaves.values()), weights.flatten())
+        return (each.detach().view(y.shape) * weights).sum(dim=1), [gradient.contiguous() for gradient in gradients]
 
     def logits(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         """One client's (b, classes)."""
@@ -119,11 +129,14 @@ class Stack:
         active: how many clients are at work, the first ones.
         width: how many take part, which are more: one who is done goes on in vain until a rung of the ladder is left,
             because every new width costs. What it had when it was done is in `done`.
-        done: the clients' parameters and buffers as they were after their last step.
+        order: the clients, those with most steps first.
+        done: the clients' parameters and buffers as they were after their last step, in the order of `works`.
     """
 
-    def __init__(self, model: nn.Module, received: State, works: Sequence[Plan], *, coupled: bool):
-        n, self.coupled = len(works), coupled
+    def __init__(
+        self, model: nn.Module, received: State, works: Sequence[Plan], order: Sequence[int], *, coupled: bool
+    ):
+        n, self.coupled, self.order = len(works), coupled, torch.tensor(order)
         self.parameters, self.buffers = (
             {name: received[name].detach().expand(n, *tensor.shape).clone() for name, tensor in tensors}
             for tensors in (model.named_parameters(), model.named_buffers())
@@ -132,15 +145,17 @@ class Stack:
             "parameters": {name: torch.empty_like(value) for name, value in self.parameters.items()},
             "buffers": {name: torch.empty_like(value) for name, value in self.buffers.items()},
         }
+        works = [works[client] for client in order]
         self.steps = torch.tensor([len(work.sizes) for work in works])
         longest = max(work.indices.shape[1] for work in works)
-        self.indices = torch.zeros(n, int(self.steps[0]), longest, dtype=torch.int64)
-        self.sizes = torch.zeros(n, int(self.steps[0]), dtype=torch.int64)
+        most = int(self.steps[0])
+        self.indices = torch.zeros(most, n, longest, dtype=torch.int64)
+        self.sizes = torch.zeros(most, n, dtype=torch.int64)
         for client, work in enumerate(works):
-            self.indices[client, : len(work.sizes), : work.indices.shape[1]] = work.indices
-            self.sizes[client, : len(work.sizes)] = work.sizes
+            self.indices[: len(work.sizes), client, : work.indices.shape[1]] = work.indices
+            self.sizes[: len(work.sizes), client] = work.sizes
         self.weights = (torch.arange(longest) < self.sizes[..., None]).float() / self.sizes.clamp(min=1)[..., None]
-        self.working = (torch.arange(int(self.steps[0]))[:, None] < self.steps).sum(dim=1).tolist()
+        self.working = (torch.arange(most)[:, None] < self.steps).sum(dim=1).tolist()
         self.anchors = {name: received[name].detach() for name in self.parameters}
         self.active = self.width = n
         self.leaves: dict[str, Tensor] = {}
@@ -159,16 +174,16 @@ class Stack:
 
     def leave(self, active: int) -> None:
         """Only the first `active` clients are at work from now on."""
-        for name, value in self.parameters.items():
-            self.done["parameters"][name][active : self.active] = value[active : self.active]
-        for name, value in self.buffers.items():
-            self.done["buffers"][name][active : self.active] = value[active : self.active]
+        leaving = slice(active, self.active)
+        for kind, tensors in (("parameters", self.parameters), ("buffers", self.buffers)):
+            for name, value in tensors.items():
+                self.done[kind][name][self.order[leaving]] = value[leaving]
         self.active = active
 
     def batches(self, step: int) -> Iterator[Batch]:
         """The batches of a step: one call of the model for all, or one for each size where examples are coupled."""
-        sizes = self.sizes[: self.width, step]
-        chosen, weights = self.indices[: self.width, step], self.weights[: self.width, step]
+        sizes = self.sizes[step, : self.width]
+        chosen, weights = self.indices[step, : self.width], self.weights[step, : self.width]
         if not self.coupled:
             yield Batch(None, chosen, weights)
             return
@@ -187,13 +202,13 @@ class Stack:
             {name: value[rows] for name, value in self.buffers.items()},
         )
 
-    def examples(self, pool: Arrays, chosen: Tensor, prepare: Prepare) -> tuple[Tensor, Tensor]:
-        """(k, b, *input) and (k, b) of places (k, b), in memory that is used again."""
+    def examples(self, pool: Tensor, chosen: Tensor, prepare: Prepare) -> Tensor:
+        """(k, b, *input) of places (k, b), in memory that is used again."""
         flat = chosen.reshape(-1)
-        if self.gathered.numel() < len(flat) * pool.x[0].numel() or self.gathered.dtype != pool.x.dtype:
-            self.gathered = torch.empty(len(flat), *pool.x.shape[1:], dtype=pool.x.dtype)
-        x = prepare(torch.index_select(pool.x, 0, flat, out=self.gathered[: len(flat)]))
-        return x.view(*chosen.shape, *x.shape[1:]), pool.y[flat].view(chosen.shape)
+        if len(self.gathered) < len(flat):
+            self.gathered = torch.empty(len(flat), *pool.shape[1:], dtype=pool.dtype)
+        x = prepare(torch.index_select(pool, 0, flat, out=self.gathered[: len(flat)]))
+        return x.view(*chosen.shape, *x.shape[1:])
 
     def descend(self, gradients: Sequence[Tensor], settings: TrainingSettings) -> None:
         """One step of the optimizer for all clients that take part."""
@@ -223,7 +238,7 @@ def continued(
     before: torch.optim.Optimizer | None, leaves: Sequence[Tensor], settings: TrainingSettings
 ) -> torch.optim.Optimizer:
     """An optimizer for the first k clients that goes on where one for more clients was."""
-    optimizer = optimizer_of(leaves, settings)
+    optimizer = optimizer_of(leaves, settings, fused=True)
     if before is not None:
         for old, leaf in zip(before.param_groups[0]["params"], leaves, strict=True):
             optimizer.state[leaf] = {

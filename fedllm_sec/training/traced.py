@@ -35,10 +35,15 @@ class Replayed:
         """Call the function; `shapes` tells apart all that decides about its path."""
         if shapes not in self.recordings:
             self.calls[shapes] += 1
-            if self.calls[shapes] <= OFTEN or len(self.recordings) == KEPT:
+            if self.calls[shapes] <= OFTEN or len(self.recordings) >= KEPT:
                 return self.function(*args)
             copies = [copy(arg) for arg in args]  # recording does the work, which changes what it is given
-            self.recordings[shapes] = make_fx(lambda *given: self.function(*given))(*copies)
+            recording = make_fx(lambda *given: self.function(*given))(*copies)
+            for node in recording.graph.find_nodes(op="call_function", target=torch.ops.aten.detach.default):
+                node.replace_all_uses_with(node.args[0])
+                recording.graph.erase_node(node)
+            recording.recompile()
+            self.recordings[shapes] = recording.forward
         return self.recordings[shapes](*args)
 
 
@@ -84,11 +89,16 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, int]:
         """Of all clients."""
-        stacked = (
-            value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            for value, dim in zip((x, weight, bias), in_dims, strict=True)
-        )
+        given = zip((x, weight, bias), in_dims, strict=True)
+        stacked = (by_client(value, dim, info.batch_size) for value, dim in given)
         return StackedLinear.apply(*stacked), 0  # type: ignore[no-untyped-call]
+
+
+def by_client(value: Tensor, dim: int | None, clients: int) -> Tensor:
+    """With the clients in front; what all share is expanded."""
+    if dim is None:
+        return value.expand(clients, *value.shape)
+    return value if dim == 0 else value.movedim(dim, 0)
 
 
 class GroupedKernels(TorchFunctionMode):

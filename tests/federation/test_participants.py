@@ -2,11 +2,14 @@
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_sec.config import FederationSettings
+from fedllm_sec.config import Config, FederationSettings
 from fedllm_sec.federation.participants import participants
+from fedllm_sec.federation.server import build_methods
+from fedllm_sec.updates.errors import InputError
 
 
 @settings(max_examples=50, deadline=None)
@@ -39,3 +42,14 @@ def test_drop_outs_leave_somebody():
     drawn = [participants(FederationSettings(clients=10, dropout=0.5), 0, index) for index in range(1, 400)]
     assert 4.6 < sum(map(len, drawn)) / len(drawn) < 5.4
     assert min(map(len, (participants(FederationSettings(clients=2, dropout=0.95), 0, i) for i in range(1, 99)))) == 1
+
+
+def test_a_defense_that_the_emptiest_round_is_too_small_for_is_refused_before_any_work():
+    federation = FederationSettings(clients=10, dropout=0.5, rounds=30)
+    sizes = [len(participants(federation, 3, index)) for index in range(1, 31)]
+    arm = {"defenses": [{"name": "krum", "f": 2}]}  # needs 2f + 3 = 7 clients
+    config = Config.model_validate({"name": "x", "seed": 3, "federation": federation.model_dump(), "arms": {"a": arm}})
+    assert min(sizes) < 7
+    with pytest.raises(InputError, match=rf"^in round {sizes.index(min(sizes)) + 1} only {min(sizes)} of 10 clients"):
+        build_methods(config.arms["a"], config)
+    build_methods(config.arms["a"].model_copy(update={"defenses": ()}), config)

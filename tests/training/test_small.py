@@ -12,7 +12,7 @@ from fedllm_sec.models import Shape, model
 from fedllm_sec.tasks.arrays import Arrays
 from fedllm_sec.training.plan import plan, steps_of
 from fedllm_sec.training.small import train_each
-from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once, rung
+from fedllm_sec.training.stacked import SideBySide, can_be_stacked, clients_at_once, pays, rung
 
 CLASSES = 3
 
@@ -190,3 +190,10 @@ def test_every_number_of_clients_has_a_rung(most):
         assert active <= width <= most
         assert active > width - max(width // 4, 1)
     assert len({rung(active, most) for active in range(1, most + 1)}) <= 20
+
+
+def test_side_by_side_is_for_small_models_and_for_convolutions_on_several_threads():
+    assert pays(linear(), 1)
+    assert not pays(convolution(), 1)
+    assert pays(convolution(), 2)
+    assert not pays(nn.Linear(1000, 1000), 2)
