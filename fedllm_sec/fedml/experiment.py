@@ -42,6 +42,7 @@ MODELS: Mapping[str, tuple[str, Section]] = {
     "rnn_fedavg": ("rnn", {}),
     "lstm": ("rnn", {}),
     "gan": ("dcgan", {}),
+    "darts": ("darts", {}),
 }
 PARTITIONS: Mapping[str, str] = {
     **dict.fromkeys(("homo", "iid", "uniform"), "iid"),
@@ -57,7 +58,11 @@ FEDERATED: Mapping[str, str] = {
     **dict.fromkeys(("FedOpt", "FedOpt_seq"), "fedopt"),
     "FedNova": "fednova",
     "FedSGD": "fedsgd",
+    "FedGAN": "fedavg",
+    "FedNAS": "fedavg",
+    "FedGKT": "fedgkt",
 }
+PROCEDURES: Mapping[str, str] = {"FedGAN": "gan", "FedNAS": "milenas"}
 
 
 def data_section(keys: Keys) -> tuple[str, Section]:
@@ -110,7 +115,9 @@ def training_section(keys: Keys) -> Section:
     if optimizer != "sgd":
         keys.warn("client_optimizer", "FedML takes Adam with amsgrad for whatever is not sgd; here it is what it says")
     full = takes_one_full_step(keys)
+    named = PROCEDURES.get(keys.get("federated_optimizer", text, "FedAvg"), "supervised")
     return {
+        "procedure": {"name": named},
         "optimizer": optimizer,
         "learning_rate": keys.get("learning_rate", number, 0.03),
         "momentum": client_momentum(keys),
@@ -178,6 +185,19 @@ def federation_section(keys: Keys, clients: int, participants: int) -> Section:
     }
 
 
+def knowledge_transfer(keys: Keys) -> Section:
+    """FedGKT's server."""
+    section: Section = {"name": "fedgkt", "epochs": keys.get("epochs_server", count, 1)}
+    section["temperature"] = keys.get("temperature", number, 3.0)
+    if "alpha" in keys:
+        alpha = keys.get("alpha", number, 1.0)
+        if alpha <= 0:
+            raise InputError(f"{keys.place('alpha')}: {alpha:g}, but without labels FedGKT's server learns no classes")
+        section["beta"] = 1 / alpha
+        keys.warn("alpha", "FedML weighs the server's cross-entropy with it; here its inverse weighs the divergence")
+    return section
+
+
 def server_optimizer(keys: Keys) -> Section:
     """What the server does with the mean update."""
     given, ours = keys.choose("federated_optimizer", FEDERATED, default="FedAvg")
@@ -185,6 +205,10 @@ def server_optimizer(keys: Keys) -> Section:
         keys.warn("federated_optimizer", "FedProx is FedAvg of clients with training.proximal")
     elif given in ("FedAvg_seq", "FedAvg_robust", "FedOpt_seq", "FedLocalSGD"):
         keys.warn("federated_optimizer", f"{given} is a scheduler of FedML's; here it is {ours}")
+    elif given in PROCEDURES:
+        keys.warn("federated_optimizer", f"{given} is FedAvg of clients with training.procedure={PROCEDURES[given]}")
+    elif given == "FedGKT":
+        return knowledge_transfer(keys)
     if ours != "fedopt":
         for name in ("server_optimizer", "server_lr", "server_momentum"):
             if name in keys:

@@ -24,6 +24,7 @@ def test_the_papers_experiment_word_for_word(tmp_path):
             "partition": {"kind": "dirichlet", "alpha": 0.5},
         },
         "training": {
+            "procedure": {"name": "supervised"},
             "optimizer": "sgd",
             "learning_rate": 0.03,
             "momentum": 0.0,
