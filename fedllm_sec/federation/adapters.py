@@ -114,3 +114,6 @@ class AdapterLearner:
             claims: dict[str, Any] = {"client": client_name(client), "round": index, "num_samples": len(rows)}
             claims |= {"seed": seed, "loss": finite(loss), "steps": turn.steps, "seconds": turn.seconds}
             save_adapter(turn.adapter, self.base.adapter_config(), training.folder.client(index, client), client=claims)
+
+    def show(self, model: Path, folder: Path) -> None:
+        """An adapter makes nothing that could be drawn."""

@@ -100,6 +100,9 @@ class KnowledgeLearner(ModelLearner):
             write_json(partial / "client.json", claim)
         return len(work.sizes)
 
+    def show(self, model: Path, folder: Path) -> None:
+        """Half a network makes nothing that could be drawn."""
+
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The mean over all clients of what each one's extractor and the server's network give on the test examples.
 

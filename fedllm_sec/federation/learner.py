@@ -77,6 +77,9 @@ class Learner(Protocol):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The metrics of a global model or adapter, the same on every process."""
 
+    def show(self, model: Path, folder: Path) -> None:
+        """Draw what a global model makes into an arm's folder, where that can be drawn."""
+
 
 def finite(value: float) -> float | None:
     """The value, or None for what JSON cannot say."""

@@ -65,6 +65,8 @@ class Arm:
                 self.world.wait()
                 facts = self.train_and_aggregate(index, progress, began) if index else {}
                 trackers.log(index, self.finish(index, facts, progress, began))
+        if self.world.is_main:
+            self.learner.show(self.folder.global_model(rounds), self.folder.path)
 
     def train_and_aggregate(self, index: int, progress: RoundProgress, began: float) -> dict[str, Any]:
         """Train the clients of a round and make the next global model; return what there is to say of it."""

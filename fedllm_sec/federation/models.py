@@ -16,6 +16,7 @@ from fedllm_sec.federation.examples import Examples
 from fedllm_sec.federation.learner import Split, Training, finite
 from fedllm_sec.federation.run_folder import BUFFERS, MANY, SERVER, client_name, save_many
 from fedllm_sec.federation.world import World
+from fedllm_sec.reports.samples import draw_samples
 from fedllm_sec.tasks.arrays import Arrays, ArrayTask
 from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.procedures import procedure
@@ -190,6 +191,14 @@ class ModelLearner:
         self.model.load_state_dict(self.load(folder))
         self.model.eval()
         return self.procedure.test(self.model, self.examples.test, self.procedure.prepare(self.work))
+
+    @torch.inference_mode()
+    def show(self, model: Path, folder: Path) -> None:
+        """Draw what a generator makes."""
+        self.model.load_state_dict(self.load(model))
+        images = self.procedure.images(self.model)
+        if images is not None:
+            draw_samples(images.numpy(), folder)
 
 
 def as_it_is(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #ddd;
 th:first-child, td:first-child { text-align: left; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); }
 .figures img { width: 100%; height: auto; }
+figure { margin: 0; } figcaption { color: #555; font-size: 14px; text-align: center; }
 .kept { background: #d8f0e2; } .malicious { color: #b3261e; font-weight: 600; }
 td.client { text-align: center; }
 .claims th, .claims td { text-align: left; } .claims td:last-child { white-space: nowrap; font-weight: 600; }
@@ -51,15 +52,20 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     drawings = [image(TITLES[metric], draw(groups, metric, out)[1]) for metric in measured]
     splits = [run.folder / "split.svg" for run in runs]
     drawings += [image("Who has which examples", split) for split in splits if split.is_file()]
+    for run in runs:
+        samples = [(curve.name, run.folder / curve.name / "samples.png") for curve in run.curves]
+        drawings += [image(f"{run.folder.name}: what {name} makes", path) for name, path in samples if path.is_file()]
     if claimed:
         write_text(out / "claims.md", claimed)
     write_text(out / "index.html", page(groups, drawings))
     return out / "index.html"
 
 
-def image(title: str, svg: Path) -> str:
-    """A drawing as part of the page, its names its own."""
-    return f"<img alt='{escape(title)}' src='data:image/svg+xml;base64,{b64encode(svg.read_bytes()).decode()}'>"
+def image(title: str, drawing: Path) -> str:
+    """A drawing (SVG or PNG) as part of the page, its names its own, and what it shows below it."""
+    kind = {".svg": "svg+xml", ".png": "png"}[drawing.suffix]
+    source = f"data:image/{kind};base64,{b64encode(drawing.read_bytes()).decode()}"
+    return f"<figure><img alt='{escape(title)}' src='{source}'><figcaption>{escape(title)}</figcaption></figure>"
 
 
 def page(groups: Sequence[Group], drawings: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from fedllm_sec.training.procedure import TESTED_TOGETHER, Prepare, Procedure, S
 from fedllm_sec.training.small import optimizer_of
 from fedllm_sec.updates.errors import InputError
 
+SHOWN = 64  # images of the picture
 HALF = 127.5  # of a byte's range: 0..255 becomes -1..1
 Components = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -141,6 +142,10 @@ class Adversarial:
             "generator_loss": generator_loss(on_generated).item(),
             "frechet_pca": frechet_distance(gaussian(torch.cat(real)), gaussian(torch.cat(made))),
         }
+
+    def images(self, model: nn.Module) -> Tensor | None:
+        """What the generator makes of the same noise every time."""
+        return generated_pixels(model, SHOWN)
 
 
 @procedure("gan", paper="Rasouli et al. 2020, arXiv:2006.07228, algorithm 1; Goodfellow et al. 2014, arXiv:1406.2661")

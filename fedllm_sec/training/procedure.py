@@ -46,6 +46,9 @@ class Procedure(Protocol):
     def test(self, model: nn.Module, test: Arrays, prepare: Prepare) -> dict[str, float]:
         """The metrics of a model, called in inference mode."""
 
+    def images(self, model: nn.Module) -> Tensor | None:
+        """What a model makes, where it makes images: (n, H, W) or (n, H, W, 3) uint8, always from the same noise."""
+
 
 procedure: Registry[Procedure] = Registry("procedure")
 
@@ -78,6 +81,10 @@ class Supervised:
         """Loss (nats per example), accuracy, macro-F1, and the share of the commonest class."""
         logits = torch.cat([model(prepare(part)).float() for part in torch.split(test.x, TESTED_TOGETHER)])
         return classification_metrics(logits, test.y)
+
+    def images(self, model: nn.Module) -> Tensor | None:
+        """A classifier makes none."""
+        return None
 
 
 def classification_metrics(logits: Tensor, y: Tensor) -> dict[str, float]:

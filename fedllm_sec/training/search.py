@@ -115,6 +115,10 @@ class MiLeNAS:
         """Of the network of all operations, as a classifier."""
         return Supervised().test(model, test, prepare)
 
+    def images(self, model: nn.Module) -> Tensor | None:
+        """A classifier makes none."""
+        return None
+
 
 def endless(examples: Tensor, count: int, seed: int) -> Tensor:
     """The first (count,) of a client's examples, shuffled again whenever all have been seen."""

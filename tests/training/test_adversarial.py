@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+from base64 import b64encode
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedllm_sec.federation.experiment import run_experiment
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.federation.world import World
 from fedllm_sec.models import Shape, model
+from fedllm_sec.reports.page import report
 from fedllm_sec.tasks import task
 from fedllm_sec.tasks.arrays import Arrays
 from fedllm_sec.training.adversarial import generated_pixels
@@ -368,6 +370,11 @@ def test_a_federation_learns_to_draw_a_random_client_spoils_it_and_the_median_sa
     assert benign < start / 3
     assert distances(folder, "random")[-1] > 2 * benign
     assert distances(folder, "median")[-1] < 1.5 * benign
+    pictures = {arm: (folder / arm / "samples.png").read_bytes() for arm in arms}
+    assert len(set(pictures.values())) == 3
+    shown = report([folder]).read_text()
+    assert all(b64encode(picture).decode() in shown for picture in pictures.values())
+    assert "what benign makes" in shown
 
 
 def test_the_same_configuration_gives_the_same_bytes(tmp_path):
