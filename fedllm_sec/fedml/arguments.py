@@ -1,7 +1,7 @@
 """The `args` that the papers' code hands to `init`: an object with FedML's keys as attributes, or a mapping of them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from fedllm_sec.fedml.keys import Keys
 from fedllm_sec.updates.errors import InputError
@@ -29,3 +29,17 @@ def fingerprint(keys: Keys) -> dict[str, Any]:
 def client_names(count: int) -> list[str]:
     """`client_0`, `client_1`, ...: the papers' lists say nothing but the place."""
     return [f"client_{place}" for place in range(count)]
+
+
+class OneOfAProcess:
+    """What FedML's code asks for by `get_instance`: one object a process, made when it is first asked for."""
+
+    _instance: ClassVar[Any] = None
+
+    @classmethod
+    def get_instance(cls) -> Self:
+        """The one of this process."""
+        if cls._instance is None:
+            cls._instance = cls()
+        instance: Self = cls._instance
+        return instance

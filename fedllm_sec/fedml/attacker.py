@@ -7,12 +7,12 @@ coins are drawn by the run's seed (`random_seed`) and the round, and `init` with
 
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
 from fedllm_sec.core import Attack, Round, Threat, derived_seed, poison
-from fedllm_sec.fedml.arguments import client_names, fingerprint, keys_of
+from fedllm_sec.fedml.arguments import OneOfAProcess, client_names, fingerprint, keys_of
 from fedllm_sec.fedml.attacks import Adversary, translate_attack
 from fedllm_sec.fedml.datasets import poisoned
 from fedllm_sec.fedml.keys import count
@@ -26,15 +26,13 @@ logger = logging.getLogger(__name__)
 MANY = 10**9  # clients of a round, where nobody says how many: then it is as many as are sent
 
 
-class FedAttacker:
+class FedAttacker(OneOfAProcess):
     """The adversary of a federation.
 
     Rounds are counted: each `poison_model` is one, and so is each `reconstruct_data` of an attack that only looks.
     Client processes of FedML's cross-silo runs (`args.rank` from 1) count one round for each `is_to_poison_data`; where
     one process stands for all clients, it is asked once for each client of a round, in their order.
     """
-
-    _instance: ClassVar["FedAttacker | None"] = None
 
     def __init__(self) -> None:
         self.is_enabled = False
@@ -48,13 +46,6 @@ class FedAttacker:
         self._round = 1
         self._asked = 0
         self._poisons_in = 1
-
-    @classmethod
-    def get_instance(cls) -> "FedAttacker":
-        """The one attacker of this process."""
-        if cls._instance is None:
-            cls._instance = cls()
-        return cls._instance
 
     def init(self, args: object) -> None:
         """Read FedML's keys: `enable_attack`, `attack_type` and that attack's own.

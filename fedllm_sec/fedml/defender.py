@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from fedllm_sec.core import NOBODY, Defense, Round
-from fedllm_sec.fedml.arguments import client_names, fingerprint, keys_of
+from fedllm_sec.fedml.arguments import OneOfAProcess, client_names, fingerprint, keys_of
 from fedllm_sec.fedml.defenses import translate_defense
 from fedllm_sec.fedml.keys import Keys, count, text
 from fedllm_sec.fedml.weights import Raw, Received, State, give_back, receive, weights_row, zero_reference
@@ -31,15 +31,13 @@ BEFORE, ON, AFTER = range(3)
 NOMINAL = 100  # clients of a round, where nobody says how many: nothing that is built for them is used
 
 
-class FedDefender:
+class FedDefender(OneOfAProcess):
     """The server's defense.
 
     A round is what lies between two calls of the same stage, or of an earlier one: before, on, after. What a defense
     remembers from round to round, and what it decided, lies in `args.defense_memory_dir/round_0001`, ... (a folder that
     holds no rounds yet), or without one in a temporary folder that vanishes with this object.
     """
-
-    _instance: ClassVar["FedDefender | None"] = None
 
     def __init__(self) -> None:
         self.is_enabled = False
@@ -55,13 +53,6 @@ class FedDefender:
         self._names: list[tuple[State, str]] = []
         self._reference: State | None = None
         self._dropped: list[int] = []
-
-    @classmethod
-    def get_instance(cls) -> "FedDefender":
-        """The one defender of this process."""
-        if cls._instance is None:
-            cls._instance = cls()
-        return cls._instance
 
     def init(self, args: object) -> None:
         """Read FedML's keys: `enable_defense`, `defense_type` and that defense's own.
