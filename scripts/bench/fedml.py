@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from bench.files import Array
+from bench.stand_in import stand_in
 
 DIRECT = {  # methods that its dispatcher does not know
     "bulyan": ("bulyan_defense", "BulyanDefense"),
@@ -72,8 +73,6 @@ def direct(name: str, args: SimpleNamespace, clients: list[Any], average: Callab
 def import_fedml(peer: str | None) -> None:
     """Put stand-ins in the place of `fedml`, `fedml.core` and `fedml.device`."""
     import torch
-
-    from bench.systems import stand_in
 
     root = stand_in("fedml", peer)
     if "fedml.core" in sys.modules:

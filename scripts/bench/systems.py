@@ -4,17 +4,16 @@
 system wants. The function that it returns is what is measured.
 """
 
-import importlib.util
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.files import Array, Shapes, read_shapes, read_update
+from bench.stand_in import stand_in
 
 MEMORY = "256MiB"  # for the blocks of ours where updates come from files
 
@@ -145,24 +144,6 @@ def byzfl(call: Any, updates: list[dict[str, Array]], peer: str | None) -> Prepa
         return torch.as_tensor(result)
 
     return Prepared(run, lambda vector: vector.numpy())
-
-
-def stand_in(package: str, peer: str | None) -> ModuleType:
-    """A module in the place of a package whose own `__init__` needs more than its parts do."""
-    if package in sys.modules:
-        return sys.modules[package]
-    if peer is None:
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModuleNotFoundError(f"{package} is not installed")
-        where = list(spec.submodule_search_locations)
-    else:
-        where = [str(Path(peer) / package)]
-        sys.path.append(peer)
-    module = ModuleType(package)
-    module.__path__ = where
-    sys.modules[package] = module
-    return module
 
 
 def flower(call: Any, updates: list[dict[str, Array]]) -> Prepared:

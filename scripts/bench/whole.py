@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench.child import Report, measure
+from bench.measure import Report, measure
 from bench.systems import MEMORY, Clock
 
 if TYPE_CHECKING:
