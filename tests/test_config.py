@@ -7,17 +7,18 @@ import yaml
 
 from fedllm_sec import InputError
 from fedllm_sec.config import Config, read_tree, resolve, to_yaml
-from fedllm_sec.federation.scale import choose_scale
+from fedllm_sec.federation.scale import choose_scale, stand_ins
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.models import Shape, model
 from fedllm_sec.tasks import task
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("exp*.yaml"))
+OTHERS = sorted((ROOT / "configs").glob("fed*.yaml"))
 EXP09 = ROOT / "configs" / "exp09_pythia_pubmedqa.yaml"
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS + OTHERS, ids=lambda path: path.stem)
 def test_every_configuration_builds_all_that_it_names_at_all_its_scales(path):
     for scale in read_tree(path)["scales"]:
         check_that_it_builds(resolve(path, ["federation.device=cpu"], scale))
@@ -71,6 +72,20 @@ def test_the_command_line_wins_over_the_scale_and_the_scale_over_the_file():
     assert resolve(EXP09, [], "paper").training.steps == 200
     assert resolve(EXP09, [], "tiny").training.steps != 200
     assert resolve(EXP09, ["training.steps=3", "seed=5"], "tiny").training.steps == 3
+
+
+def test_what_stands_in_at_a_smaller_scale_is_told():
+    path = ROOT / "configs" / "exp01_attacks.yaml"
+    said = stand_ins(resolve(path, [], "paper"), resolve(path, [], "laptop"))
+    assert said.split(", ") == [
+        "model.name=lenet for resnet20",
+        "data.train_limit=10000 for None",
+        "data.test_limit=2000 for None",
+        "federation.rounds=30 for 100",
+    ]
+    assert stand_ins(resolve(path, [], "paper"), resolve(path, [], "paper")) == ""
+    chosen = ["model.name=lr", "federation.rounds=5"]  # the command line's, at any scale
+    assert "lr" not in stand_ins(resolve(path, chosen, "paper"), resolve(path, chosen, "laptop"))
 
 
 def test_a_configuration_survives_yaml():

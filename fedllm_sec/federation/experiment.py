@@ -24,7 +24,7 @@ from fedllm_sec.federation.loop import Arm, prepare_arm
 from fedllm_sec.federation.models import ModelLearner
 from fedllm_sec.federation.optimizers import optimizer
 from fedllm_sec.federation.run_folder import ArmFolder, check_free, claim
-from fedllm_sec.federation.scale import choose_scale
+from fedllm_sec.federation.scale import choose_scale, stand_ins
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.federation.texts import Data, load_data
 from fedllm_sec.federation.trackers import check_trackers
@@ -55,6 +55,8 @@ def load_config(path: Path, overrides: Sequence[str], world: World) -> Config:
     config = resolve(path, overrides, choice.scale)
     if world.is_main:
         console.print(f"[bold]scale={choice.scale}[/bold]: {choice.reason}", highlight=False, soft_wrap=True)
+        if config.model.name and (smaller := stand_ins(resolve(path, overrides, "paper"), config)):
+            console.print(f"[bold]standing in[/bold]: {smaller}", highlight=False, soft_wrap=True)
     return config
 
 

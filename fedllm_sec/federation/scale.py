@@ -5,7 +5,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 
-from fedllm_sec.config import EMBEDDED, Scale
+from fedllm_sec.config import EMBEDDED, Config, Scale
 from fedllm_sec.registry import did_you_mean
 from fedllm_sec.updates.errors import InputError
 
@@ -61,8 +61,23 @@ def choose_for_small(asked: str, scales: Mapping[str, Any]) -> Choice:
     if asked != "auto":
         return Choice(asked, "as asked")
     if "laptop" in scales:
-        return Choice("laptop", "fewer rounds and examples than the papers'; for theirs: scale=paper")
+        return Choice("laptop", "smaller than the papers'; for theirs: scale=paper")
     return Choice("paper", "the file as it is: it has no scales")
+
+
+def stand_ins(paper: Config, here: Config) -> str:
+    """What a smaller scale has in the place of the papers' model, examples, rounds and training; '' if nothing."""
+    before, after = leaves(paper.model_dump()), leaves(here.model_dump())
+    changed = [key for key in after if key != "scale" and after[key] != before.get(key)]
+    return ", ".join(f"{key}={after[key]} for {before.get(key, 'its default')}" for key in changed)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 3}}` -> `{"a.b": 3}`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return flat
 
 
 def branch(tree: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
