@@ -31,6 +31,7 @@ from fedllm_sec.updates.files import atomic_folder, write_json
 from fedllm_sec.updates.sources import MODEL_FILE, all_finite
 
 KNOWLEDGE_FILE = "knowledge.safetensors"  # what a client sends; deleted when the server has learned from it
+LARGEST = 1e4  # of a feature or a logit; behind a normalisation they are of order one
 CLIENT = "client"  # in the server's first folder: the network that every client begins with
 ANSWER = "logits"  # the only tensor of a file `client_03.safetensors` in a folder of the server's
 
@@ -141,12 +142,18 @@ class KnowledgeLearner(ModelLearner):
             self.edge.eval()
             features, logits = self.edge(self.prepare(self.pool.x[:1]))
         shapes = {"features": features.shape[1:], "logits": logits.shape[1:], "labels": ()}
+        if sent.labels.dim() != 1:
+            raise InputError(f"sent labels of shape {tuple(sent.labels.shape)}, which should be a list")
         for name, value in sent._asdict().items():
             kind = torch.int64 if name == "labels" else features.dtype
             if value.dtype != kind or value.shape != (len(sent.labels), *shapes[name]) or not len(value):
                 raise InputError(f"sent {name} of shape {tuple(value.shape)}, {value.dtype}, which do not fit")
             if value.is_floating_point() and not all_finite(value):
                 raise InputError(f"sent {name} that are not finite")
+            if value.is_floating_point() and float(value.abs().max()) > LARGEST:
+                raise InputError(
+                    f"sent {name} as large as {float(value.abs().max()):.3g}; more than {LARGEST:g} is noise"
+                )
         if int(sent.labels.min()) < 0 or int(sent.labels.max()) >= self.work.classes:
             raise InputError(f"sent a label that is no class from 0 to {self.work.classes - 1}")
 

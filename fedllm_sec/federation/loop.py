@@ -157,7 +157,9 @@ def prepare_arm(folder: ArmFolder, config: str, environment: dict[str, Any], lea
     if known.exists():
         before = read_json(known)
         if before["data"] != environment["data"]:
-            raise InputError(f"{folder.path}: the data is not what this run began with; it cannot be resumed")
+            raise InputError(
+                f"{folder.path}: the data (or an architecture) is not what this run began with; it cannot be resumed"
+            )
         if changed := sorted(key for key in environment if environment[key] != before.get(key)):
             logger.warning("%s: resumed in another environment: %s", folder.path, ", ".join(changed))
             write_json(folder.path / "environment_resumed.json", environment)

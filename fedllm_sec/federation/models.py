@@ -1,5 +1,6 @@
 """A federation of small models: the clients of a round train side by side, and send their whole models."""
 
+import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,11 @@ class ModelLearner:
         self.parameters = {name for name, _ in model.named_parameters()}
         self.procedure = procedure.build(config.training.procedure.name, config.training.procedure.parameters)
         self.procedure.check(model, config.training)
+        if config.training.together and not (self.procedure.stackable and can_be_stacked(model)):
+            raise InputError(
+                f"training.together=true: model {config.model.name} under procedure {config.training.procedure.name} "
+                "is trained client by client; leave training.together out"
+            )
         self.pool, self.prepare = examples.train, self.procedure.prepare(work)
         if self.pool.x.is_floating_point() or 4 * self.pool.x.numel() <= PREPARED:
             self.pool, self.prepare = self.prepared(self.pool), as_it_is
@@ -77,8 +83,9 @@ class ModelLearner:
         return len(self.examples.root) > 0
 
     def digest(self) -> str:
-        """Of all examples."""
-        return self.examples.digest()
+        """Of all examples, and of an architecture that comes from a file."""
+        architecture: str = getattr(self.model, "architecture", "")
+        return self.examples.digest() + (hashlib.sha256(architecture.encode()).hexdigest() if architecture else "")
 
     def split(self) -> Split:
         """By classes."""
@@ -161,13 +168,8 @@ class ModelLearner:
         if asked is False or (asked is None and not pays(self.model, self.config.training.threads)):
             return 1
         if not (self.procedure.stackable and can_be_stacked(self.model)):
-            if asked:
-                raise InputError(
-                    "training.together: a model with an LSTM or dropout, or one that is no plain classifier, is "
-                    "trained client by client"
-                )
             return 1
-        one = self.prepare(self.pool.x[: self.config.training.batch_size])
+        one = self.prepare(self.pool.x[: self.config.training.batch_size or max(map(len, self.examples.shards))])
         return clients_at_once(self.model, received, one, parse_bytes(self.config.federation.memory))
 
     def run(self, group: Sequence[Job], received: dict[str, Tensor], settings: TrainingSettings) -> Trained:

@@ -79,6 +79,8 @@ def fednova(*, learning_rate: Rate = 1.0) -> Optimizer:
     def check(training: TrainingSettings) -> None:
         if training.optimizer != "sgd" or (training.momentum and training.proximal):
             raise InputError("fednova knows the length of SGD's work, with momentum or with a proximal term, not both")
+        if training.procedure.name != "supervised":
+            raise InputError(f"fednova knows the length of SGD's work, not of {training.procedure.name}'s: use fedavg")
 
     def lengths(steps: Tensor, training: TrainingSettings) -> Tensor:
         if training.momentum:

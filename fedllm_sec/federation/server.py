@@ -64,6 +64,8 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
         optimizer.build(federation.optimizer.name, federation.optimizer.parameters),
     )
     methods.optimizer.check(config.training)
+    if arm.attack and arm.attack.name == "label_flipping" and config.training.procedure.name == "gan":
+        raise InputError("label_flipping changes nothing under training.procedure=gan, which looks at no label")
     if methods.optimizer.transfer is not None:
         check_for_transfer(methods, federation)
     rehearse(methods, config)
@@ -71,24 +73,30 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
 
 
 def rehearse(methods: Methods, config: Config) -> None:
-    """Let the defenses work on as many tiny updates as clients answer in the round in which the fewest do.
+    """Let the defenses work on tiny updates of all clients, and of those of the round in which the fewest answer.
 
     Raises:
-        InputError: naming that round, if they cannot work with so few.
+        InputError: if they cannot work; naming that round, if they cannot work with so few.
     """
     federation = config.federation
+    if not methods.defenses:
+        return
+    rehearse_with(federation.clients, methods, config)
     rounds = range(1, federation.rounds + 1) if federation.dropout else [1]
     fewest, index = min((len(participants(federation, config.seed, index)), index) for index in rounds)
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(fewest)]
-    updates = stack_updates(rows, [1.0] * fewest)
-    trusted = updates.rows([0]) if federation.root_samples else None
     try:
-        aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
+        rehearse_with(fewest, methods, config)
     except InputError as error:
-        if fewest == federation.clients:
-            raise
         raise InputError(f"in round {index} only {fewest} of {federation.clients} clients answer: {error}") from None
+
+
+def rehearse_with(clients: int, methods: Methods, config: Config) -> None:
+    """Let the defenses work on so many tiny updates."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(clients)]
+    updates = stack_updates(rows, [1.0] * clients)
+    trusted = updates.rows([0]) if config.federation.root_samples else None
+    aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
 
 
 def check_for_transfer(methods: Methods, federation: FederationSettings) -> None:

@@ -161,7 +161,9 @@ def darts_network(*, genotype: Path, channels: Count = 16, cells: Cells = 8) -> 
     def build(shape: Shape) -> nn.Module:
         images, nodes = checked_images(shape, "darts_network"), len(found.normal)
         made = [discrete_cell(place, found) for place in places(cells, channels, nodes)]
-        return CellNetwork(images, shape.classes, channels, made)
+        network = CellNetwork(images, shape.classes, channels, made)
+        network.architecture = found.model_dump_json()
+        return network
 
     return build
 

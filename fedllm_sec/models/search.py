@@ -203,6 +203,7 @@ class CellNetwork(nn.Module):
         )
         self.cells = nn.ModuleList(cells)
         self.head = nn.Sequential(GlobalAverage(), nn.Linear(cells[-1].channels, classes))
+        self.architecture = ""  # as text, where it is fixed: a run of another one is another run
 
     def forward(self, x: Tensor, normal: Tensor | None = None, reduce: Tensor | None = None) -> Tensor:
         """Logits (n, classes) of images; with mixed edges also the shares of both kinds of cells."""

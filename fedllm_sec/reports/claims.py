@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedllm_sec.config import Claim
-from fedllm_sec.reports.read import SHARES, Curve, Group, Run
+from fedllm_sec.reports.read import ACCURACIES, SHARES, Curve, Group, Run
 from fedllm_sec.updates.errors import InputError
 
 LEAST = 0.05  # of accuracy or macro-F1: who learnt less has nothing that could be kept or lost but noise
@@ -18,7 +18,7 @@ STYLES = {"holds": "green", "fails": "red", "not measured": "dim"}  # anything e
 READING = (
     f"A number is the mean of the arm's last {Claim.model_fields['last'].default} rounds. "
     '"Kept of X" is (arm - start) / (X - start): of what X learnt, the share that the arm still has. The start is the '
-    "model before training or, for accuracy, the commonest label's share where that is more. Where X learnt no more "
+    "model before training or, for accuracies, the commonest label's share where that is more. Where X learnt no more "
     f"than {100 * LEAST:g} points of accuracy or macro-F1, shares are not measured."
 )
 
@@ -128,7 +128,7 @@ def settled(run: Run, arm: str, claim: Claim) -> float:
     curve = finished(run, arm)
     trained = [row for row in curve.rounds if row["round"] > 0]
     values = [row.get(claim.metric) for row in trained[-claim.last :]]
-    if any(claim.metric not in row for row in trained) or not values:
+    if not values or any(isinstance(row.get(claim.metric, []), dict | list) for row in trained):
         known = ", ".join(key for key, value in curve.last.items() if isinstance(value, float))
         raise NotMeasuredError(f"no {claim.metric!r} in {arm}, which has {known}")
     finite = [float(value) for value in values if value is not None]
@@ -162,7 +162,7 @@ def start(run: Run, arm: str, metric: str) -> float:
     value = before.get(metric)
     if before["round"] != 0 or value is None:
         raise NotMeasuredError(f"{metric} of {arm} was not measured before training")
-    return max(float(value), float(before.get("majority_accuracy") or 0.0)) if metric == "accuracy" else float(value)
+    return max(float(value), float(before.get("majority_accuracy") or 0.0)) if metric in ACCURACIES else float(value)
 
 
 def check(claim: Claim) -> str:

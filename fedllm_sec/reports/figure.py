@@ -11,6 +11,7 @@ TITLES = {
     "test_loss": "Test loss (nats)",
     "perplexity": "Perplexity",
     "accuracy": "Accuracy",
+    "client_accuracy": "Accuracy of the clients' own networks",
     "macro_f1": "Macro-F1",
     "frechet_pca": "Squared Fréchet distance",
     "discriminator_loss": "Loss of the discriminator (nats)",

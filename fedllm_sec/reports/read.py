@@ -9,7 +9,8 @@ import yaml
 
 from fedllm_sec.updates.errors import InputError
 
-SHARES = ("accuracy", "macro_f1")  # metrics from 0 to 1
+ACCURACIES = ("accuracy", "client_accuracy")
+SHARES = (*ACCURACIES, "macro_f1")  # metrics from 0 to 1
 
 
 class Curve(NamedTuple):

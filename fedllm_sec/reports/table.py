@@ -11,6 +11,7 @@ COLUMNS = (
     ("test_loss", "test loss", "{:.3f}"),
     ("perplexity", "perplexity", "{:.4g}"),
     ("accuracy", "accuracy", "{:.1%}"),
+    ("client_accuracy", "clients' own", "{:.1%}"),
     ("macro_f1", "macro-F1", "{:.1%}"),
     ("frechet_pca", "Fréchet distance", "{:.4g}"),
     ("discriminator_loss", "discriminator loss", "{:.3f}"),

@@ -5,7 +5,7 @@ still at work are always the first k and every step works on views. A short batc
 nothing; a model whose examples see one another (BatchNorm) is called once for each size of batch instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,25 @@ from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.small import Prepare, State, Trained, optimizer_of
 from fedllm_sec.training.traced import GroupedKernels, Replayed
 
-COUPLED = nn.modules.batchnorm._BatchNorm  # its examples see one another
+COUPLED = nn.modules.batchnorm._NormBase  # its examples see one another, or its statistics see all of them
 NARROWER = 4  # a quarter of the clients have to be done before the others go on without them
 LARGE = 200_000  # weights
 ALONE = (nn.RNNBase, nn.RNNCellBase, nn.modules.dropout._DropoutNd)  # vmap cannot run them, or they draw per client
 
 
 def can_be_stacked(model: nn.Module) -> bool:
-    """Whether the clients' copies of a model can be trained as one."""
-    return not any(isinstance(module, ALONE) for module in model.modules())
+    """Whether the clients' copies of a model can be trained as one.
+
+    Not with a module that `vmap` cannot run or that draws at random, a weight that is shared, fixed or a scalar, or a
+    buffer that is no part of the state.
+    """
+    parameters = list(model.parameters())
+    return (
+        not any(isinstance(module, ALONE) for module in model.modules())
+        and all(parameter.requires_grad and parameter.dim() for parameter in parameters)
+        and len(list(model.named_parameters(remove_duplicate=False))) == len(parameters)
+        and {name for name, _ in model.named_buffers()} <= model.state_dict().keys()
+    )
 
 
 def pays(model: nn.Module, threads: int) -> bool:
@@ -65,7 +75,9 @@ class SideBySide:
     def __init__(self, model: nn.Module, prepare: Prepare):
         self.model, self.prepare = model, prepare
         self.coupled = any(isinstance(module, COUPLED) for module in model.modules())
-        self.differentiate = Replayed(self.losses_and_gradients)
+        self.replayed = Replayed(self.losses_and_gradients)
+        # a model with coupled examples has too many shapes, and too much arithmetic, for a recording to pay
+        self.differentiate = self.called if self.coupled else self.replayed
 
     def train(self, received: State, pool: Arrays, works: Sequence[Plan], settings: TrainingSettings) -> Trained:
         """Train the clients of a round; the arguments are those of `small.train_each`."""
@@ -115,6 +127,10 @@ class SideBySide:
         each = nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
         gradients = torch.autograd.grad(each, list(leaves.values()), weights.flatten())
         return (each.detach().view(y.shape) * weights).sum(dim=1), [gradient.contiguous() for gradient in gradients]
+
+    def called(self, shapes: Hashable, *args: Any) -> tuple[Tensor, list[Tensor]]:
+        """As `replayed`, without recordings."""
+        return self.losses_and_gradients(*args)
 
     def logits(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         """One client's (b, classes)."""

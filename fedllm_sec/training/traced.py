@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-OFTEN = 50  # calls after which a shape is recorded, which takes as long as a hundred steps of bookkeeping
+OFTEN = 100  # calls after which a shape is recorded: recording takes as long as they do
 KEPT = 200  # recordings at most
 
 

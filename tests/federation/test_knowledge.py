@@ -228,6 +228,8 @@ SPOILT = [
     (lambda sent: sent._replace(logits=sent.logits[1:]), "logits of shape"),
     (lambda sent: type(sent)(*(value[:0] for value in sent)), "features of shape"),
     (lambda sent: sent._replace(labels=sent.labels.float()), "labels of shape"),
+    (lambda sent: sent._replace(labels=sent.labels[0]), "labels of shape"),
+    (lambda sent: sent._replace(features=sent.features * 1e20), "more than 10000 is noise"),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedllm_sec.config import Config, FederationSettings
+from fedllm_sec.config import Config, FederationSettings, Method
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.federation.server import build_methods
 from fedllm_sec.updates.errors import InputError
@@ -53,3 +53,6 @@ def test_a_defense_that_the_emptiest_round_is_too_small_for_is_refused_before_an
     with pytest.raises(InputError, match=rf"^in round {sizes.index(min(sizes)) + 1} only {min(sizes)} of 10 clients"):
         build_methods(config.arms["a"], config)
     build_methods(config.arms["a"].model_copy(update={"defenses": ()}), config)
+    untrusting = config.arms["a"].model_copy(update={"defenses": (Method(name="fltrust"),)})
+    with pytest.raises(InputError, match=r"^fltrust needs an update"):  # which has nothing to do with drop-outs
+        build_methods(untrusting, config)

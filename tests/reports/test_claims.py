@@ -134,6 +134,11 @@ def test_a_failure_beside_what_was_not_measured_is_no_failure_of_all(tmp_path):
         ({**ARMS, "benign": [0.05] + [0.149] * 6}, {}, "benign learnt too little (10.0% to 14.9%)"),
         ({**ARMS, "benign": [0.6] + [0.5] * 6}, {}, "benign learnt too little (60.0% to 50.0%)"),
         (ARMS, {"metric": "acuracy"}, "no 'acuracy' in random, which has test_loss, accuracy, majority_accuracy"),
+        (
+            ARMS,
+            {"metric": "num_samples"},
+            "no 'num_samples' in random, which has test_loss, accuracy, majority_accuracy",
+        ),
         (ARMS, {"metric": "test_loss"}, "benign learnt too little (1 to 1)"),
     ],
 )
@@ -141,6 +146,15 @@ def test_what_is_not_measured_says_why(tmp_path, arms, claim, reason):
     (finding,) = found(plant(tmp_path / "run", arms, [{**COLLAPSE, **claim}]))
     assert finding.verdict == "not measured"
     assert finding.ours == f"not measured: {reason}"
+
+
+def test_a_field_that_is_no_number_is_not_measured(tmp_path):
+    rows = [{**row(0.5), "train_loss": {"client_00": 1.0}, "malicious": ["client_00"]} for _ in range(4)]
+    claims = [
+        {"says": "so", "arm": "benign", "metric": metric, "at_least": 0} for metric in ("train_loss", "malicious")
+    ]
+    for finding in found(plant(tmp_path / "run", {"benign": rows}, claims)):
+        assert finding.ours.startswith("not measured: no '")
 
 
 def test_a_run_without_training_measures_nothing(tmp_path):

@@ -396,6 +396,13 @@ def test_the_configuration_is_one_that_can_run(scale):
     assert shown == {"benign": (False, 0), "random": (True, 0), "random_median": (True, 1)}
 
 
+def test_an_attack_on_labels_that_nobody_looks_at_is_refused(tmp_path):
+    flip = {"attack": {"name": "label_flipping", "source": [3], "target": [9]}, "malicious": 1}
+    with pytest.raises(InputError, match=r"changes nothing under training\.procedure=gan"):
+        run({"arms": {"flip": flip}}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_classifier_is_no_gan_before_any_work(tmp_path):
     with pytest.raises(InputError, match=r"model\.name=dcgan"):
         run({"arms": {"benign": {}}, "model": {"name": "lr"}}, tmp_path / "out")

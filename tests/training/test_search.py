@@ -1,6 +1,8 @@
 """MiLeNAS by hand, against supervised training, on a planted problem; and a federation that searches."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +234,11 @@ def digits(tmp_path, monkeypatch):
     made = ArrayTask(read, 10, (1, 8, 8), None, lambda x: (x.float() / 255 - 0.3) / 0.4)
     monkeypatch.setitem(task._entries, "digits", Entry("digits", lambda: made, "arXiv:0000.00000"))
     monkeypatch.chdir(tmp_path)
-    return lambda out, **change: run_experiment(Config.model_validate({**FEDERATION, **change, "out": out}), World())
+
+    def run(out, resume=False, **change):
+        return run_experiment(Config.model_validate({**FEDERATION, **change, "out": out}), World(), resume=resume)
+
+    return run
 
 
 def test_a_federation_searches_and_what_it_derives_is_trained(digits, tmp_path):
@@ -250,6 +256,13 @@ def test_a_federation_searches_and_what_it_derives_is_trained(digits, tmp_path):
     parameters = {"genotype": "found.json", "channels": 4, "cells": 3}
     trained = metrics(digits("train", training=training, model={"name": "darts_network", "parameters": parameters}))
     assert trained[-1]["accuracy"] > 0.4 > 2 * trained[0]["accuracy"]
+
+    shutil.rmtree("train/benign/round_0003")
+    other = genotype_of(folder / "benign/global_0000").model_dump()
+    assert other != genotype_of(folder / "benign/global_0003").model_dump()
+    write_json(tmp_path / "found.json", other)
+    with pytest.raises(InputError, match=r"architecture.* is not what this run began with"):
+        digits("train", resume=True, training=training, model={"name": "darts_network", "parameters": parameters})
 
 
 def test_alphas_are_attacked_and_defended_as_weights_are(digits):
@@ -272,6 +285,18 @@ def test_alphas_are_attacked_and_defended_as_weights_are(digits):
 def test_a_client_without_a_second_half_stops_a_run_with_one_line(digits):
     with pytest.raises(InputError, match="a validation half, and one has 1"):
         digits("none", data={"train_limit": 3, "test_limit": 5})
+    for change, message in (
+        ({"training": {**FEDERATION["training"], "together": True}}, "trained client by client"),
+        (
+            {"federation": {**FEDERATION["federation"], "optimizer": {"name": "fednova"}}},
+            "not of milenas",
+        ),
+    ):
+        if "federation" in change:
+            change["training"] = {**FEDERATION["training"], "optimizer": "sgd"}
+        with pytest.raises(InputError, match=message):
+            digits("none", **change)
+    assert not Path("none").exists()
 
 
 def test_the_configuration_builds_at_both_scales_and_its_comment_names_what_is_there():
