@@ -1,12 +1,11 @@
 """FedML's data, model, training and server keys -> the sections of our configuration."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fedllm_sec.fedml.keys import Keys, count, number, text
+from fedllm_sec.fedml.keys import Keys, count, number
+from fedllm_sec.fedml.special import SPECIAL, Section
 from fedllm_sec.updates.errors import InputError
-
-Section = dict[str, Any]
 
 
 class Dataset(NamedTuple):
@@ -37,6 +36,7 @@ DATASETS: Mapping[str, Dataset] = {
 }
 MODELS: Mapping[str, tuple[str, Section]] = {
     **{name: (name, {}) for name in ("lr", "lenet", "resnet20", "resnet56", "rnn")},
+    "resnet56_gkt": ("resnet56", {}),
     "cnn": ("cnn", {"variant": "dropout"}),  # FedML's CNN_DropOut
     "cnn_web": ("cnn", {}),
     "rnn_fedavg": ("rnn", {}),
@@ -62,7 +62,15 @@ FEDERATED: Mapping[str, str] = {
     "FedNAS": "fedavg",
     "FedGKT": "fedgkt",
 }
-PROCEDURES: Mapping[str, str] = {"FedGAN": "gan", "FedNAS": "milenas"}
+
+
+def federated(keys: Keys) -> str:
+    """FedML's name of the federated optimizer, in its own spelling.
+
+    Raises:
+        InputError: for an unknown one, with the nearest known one.
+    """
+    return keys.choose("federated_optimizer", FEDERATED, default="FedAvg")[0]
 
 
 def data_section(keys: Keys) -> tuple[str, Section]:
@@ -100,8 +108,18 @@ def partition(keys: Keys, dataset: Dataset) -> Section:
 
 
 def model_section(keys: Keys) -> Section:
-    """The model."""
+    """The model.
+
+    Raises:
+        InputError: for an unknown one, and one that the federated optimizer does not go with.
+    """
     name, (ours, parameters) = keys.choose("model", MODELS, why="name the model")
+    optimizer = federated(keys)
+    if special := SPECIAL.get(optimizer):
+        if name not in map(str.lower, special.models):
+            known = " or ".join(special.models)
+            raise InputError(f"{keys.place('model')}: {optimizer} does not go with {name}: set model: {known}")
+        return {"name": ours, "parameters": special.model(keys)}
     if name == "cnn" and keys.raw("dataset") == "mnist":
         keys.warn("model", "FedML's cnn has 62 outputs, for mnist too; here as many as there are classes")
     elif name == "cnn_web":
@@ -111,30 +129,46 @@ def model_section(keys: Keys) -> Section:
 
 def training_section(keys: Keys) -> Section:
     """A client's training in a round."""
+    section: Section = {
+        "procedure": {"name": "supervised"},
+        "optimizer": "sgd",
+        "learning_rate": 0.03,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": None,
+        "epochs": 1,
+        "steps": None,
+        "proximal": 0.0,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "max_grad_norm": None,
+    }
+    if takes_one_full_step(keys):
+        section["steps"] = 1
+    else:
+        section["batch_size"] = keys.need("batch_size", count, "examples of a step")
+    special = SPECIAL.get(federated(keys))
+    return section | (special.training(keys) if special else supervised(keys))
+
+
+def supervised(keys: Keys) -> Section:
+    """What FedML's usual trainer reads."""
     optimizer, _ = keys.choose("client_optimizer", CLIENT_OPTIMIZERS, default="sgd")
     if optimizer != "sgd":
         keys.warn("client_optimizer", "FedML takes Adam with amsgrad for whatever is not sgd; here it is what it says")
-    full = takes_one_full_step(keys)
-    named = PROCEDURES.get(keys.get("federated_optimizer", text, "FedAvg"), "supervised")
     return {
-        "procedure": {"name": named},
         "optimizer": optimizer,
         "learning_rate": keys.get("learning_rate", number, 0.03),
         "momentum": client_momentum(keys),
         "weight_decay": weight_decay(keys, optimizer),
-        "batch_size": None if full else keys.need("batch_size", count, "examples of a step"),
         "epochs": keys.get("epochs", count, 1),
-        "steps": 1 if full else None,
         "proximal": proximal(keys),
-        "schedule": "constant",
-        "warmup": 0.0,
-        "max_grad_norm": None,
     }
 
 
 def takes_one_full_step(keys: Keys) -> bool:
     """Whether a client's round is one step on all of its examples, which is what FedSGD means."""
-    if keys.get("federated_optimizer", text, "FedAvg").lower() != "fedsgd":
+    if federated(keys) != "FedSGD":
         return False
     for name in ("batch_size", "epochs"):
         if name in keys:
@@ -144,7 +178,7 @@ def takes_one_full_step(keys: Keys) -> bool:
 
 def client_momentum(keys: Keys) -> float:
     """FedML's trainers have none, but FedNova's."""
-    if "momentum" in keys and keys.get("federated_optimizer", text, "FedAvg") != "FedNova":
+    if "momentum" in keys and federated(keys) != "FedNova":
         keys.warn("momentum", "FedML does not pass it to the clients' SGD; 0.0 is taken (training.momentum sets it)")
         return 0.0
     return keys.get("momentum", number, 0.0)
@@ -164,7 +198,7 @@ def weight_decay(keys: Keys, optimizer: str) -> float:
 
 def proximal(keys: Keys) -> float:
     """FedProx's mu."""
-    if keys.get("federated_optimizer", text, "FedAvg").lower() != "fedprox":
+    if federated(keys) != "FedProx":
         return 0.0
     return keys.need("fedprox_mu", number, "FedProx pulls a client toward the global model with this strength")
 
@@ -185,35 +219,20 @@ def federation_section(keys: Keys, clients: int, participants: int) -> Section:
     }
 
 
-def knowledge_transfer(keys: Keys) -> Section:
-    """FedGKT's server."""
-    section: Section = {"name": "fedgkt", "epochs": keys.get("epochs_server", count, 1)}
-    section["temperature"] = keys.get("temperature", number, 3.0)
-    if "alpha" in keys:
-        alpha = keys.get("alpha", number, 1.0)
-        if alpha <= 0:
-            raise InputError(f"{keys.place('alpha')}: {alpha:g}, but without labels FedGKT's server learns no classes")
-        section["beta"] = 1 / alpha
-        keys.warn("alpha", "FedML weighs the server's cross-entropy with it; here its inverse weighs the divergence")
-    return section
-
-
 def server_optimizer(keys: Keys) -> Section:
     """What the server does with the mean update."""
-    given, ours = keys.choose("federated_optimizer", FEDERATED, default="FedAvg")
+    given = federated(keys)
+    ours = FEDERATED[given]
     if given == "FedProx":
         keys.warn("federated_optimizer", "FedProx is FedAvg of clients with training.proximal")
     elif given in ("FedAvg_seq", "FedAvg_robust", "FedOpt_seq", "FedLocalSGD"):
         keys.warn("federated_optimizer", f"{given} is a scheduler of FedML's; here it is {ours}")
-    elif given in PROCEDURES:
-        keys.warn("federated_optimizer", f"{given} is FedAvg of clients with training.procedure={PROCEDURES[given]}")
-    elif given == "FedGKT":
-        return knowledge_transfer(keys)
     if ours != "fedopt":
         for name in ("server_optimizer", "server_lr", "server_momentum"):
             if name in keys:
                 keys.warn(name, f"FedML ignores it with {given}, and so do we")
-        return {"name": ours, "learning_rate": 1.0}
+        special = SPECIAL.get(given)
+        return special.server(keys) if special else {"name": ours, "learning_rate": 1.0}
     server, ours = keys.choose("server_optimizer", SERVER_OPTIMIZERS, why="FedOpt needs one")
     section: Section = {"name": ours, "learning_rate": keys.need("server_lr", number, "the server's learning rate")}
     if "server_momentum" in keys:

@@ -17,7 +17,15 @@ from fedllm_sec.updates.files import write_text
 
 MACHINERY = ("environment_args", "device_args", "comm_args", "tracking_args")  # how FedML runs, not what
 HARMLESS = frozenset(  # of other families; they change nothing, in FedML or here
-    ["scenario", "using_mlops", "config_version", "model_file_cache_folder", "global_model_file_path", "client_id_list"]
+    [
+        "scenario",
+        "training_type",
+        "using_mlops",
+        "config_version",
+        "model_file_cache_folder",
+        "global_model_file_path",
+        "client_id_list",
+    ]
 )
 LEGACY = {"add_attack": "enable_attack", "add_defense": "enable_defense"}
 OTHER_ENGINES = ("tf", "jax", "mxnet")

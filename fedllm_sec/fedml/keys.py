@@ -203,6 +203,51 @@ def number(value: Any) -> float:
     return exact
 
 
+def positive(value: Any) -> float:
+    """A number greater than 0.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    exact = number(value)
+    if exact <= 0:
+        raise ValueError("should be a number greater than 0")
+    return exact
+
+
+def not_negative(value: Any) -> float:
+    """A number of 0 or more.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    exact = number(value)
+    if exact < 0:
+        raise ValueError("should be a number, not negative")
+    return exact
+
+
+def some(value: Any) -> int:
+    """A whole number of 1 or more.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    exact = count(value)
+    if not exact:
+        raise ValueError("should be a whole number, 1 or more")
+    return exact
+
+
+def switch(value: Any) -> bool:
+    """What FedGKT takes for true: 1, and true.
+
+    Raises:
+        ValueError: if it is text.
+    """
+    return flag(value) and value == 1
+
+
 def share(value: Any) -> float:
     """A number from 0 to 1.
 

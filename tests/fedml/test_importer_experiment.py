@@ -46,6 +46,7 @@ def test_every_partition(tmp_path, method, kind):
         ("cnn_web", "cnn"),
         ("resnet20", "resnet20"),
         ("resnet56", "resnet56"),
+        ("resnet56_gkt", "resnet56"),
         ("rnn", "rnn"),
         ("rnn_fedavg", "rnn"),
         ("lstm", "rnn"),
@@ -86,17 +87,6 @@ OPT = {"federated_optimizer": "FedOpt", "server_lr": 0.1}
         ({**OPT, "server_optimizer": "adam"}, {"name": "fedadam", "learning_rate": 0.1}, {}),
         ({**OPT, "server_optimizer": "yogi"}, {"name": "fedyogi", "learning_rate": 0.1}, {}),
         ({**OPT, "server_optimizer": "adagrad"}, {"name": "fedadagrad", "learning_rate": 0.1}, {}),
-        ({"federated_optimizer": "FedGAN"}, {"name": "fedavg", "learning_rate": 1.0}, {"procedure": {"name": "gan"}}),
-        (
-            {"federated_optimizer": "FedNAS"},
-            {"name": "fedavg", "learning_rate": 1.0},
-            {"procedure": {"name": "milenas"}},
-        ),
-        (
-            {"federated_optimizer": "FedGKT", "alpha": 2.0, "epochs_server": 3, "temperature": 1.5},
-            {"name": "fedgkt", "epochs": 3, "temperature": 1.5, "beta": 0.5},
-            {"procedure": {"name": "supervised"}},
-        ),
         (
             {"client_optimizer": "adam"},
             {"name": "fedavg", "learning_rate": 1.0},
