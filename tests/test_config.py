@@ -7,8 +7,8 @@ import yaml
 
 from fedllm_sec import InputError
 from fedllm_sec.config import Config, read_tree, resolve, to_yaml
+from fedllm_sec.federation.methods import build_methods
 from fedllm_sec.federation.scale import choose_scale, stand_ins
-from fedllm_sec.federation.server import build_methods
 from fedllm_sec.models import Shape, model
 from fedllm_sec.tasks import task
 

@@ -21,11 +21,11 @@ from fedllm_sec.federation.examples import load_examples
 from fedllm_sec.federation.knowledge import KnowledgeLearner
 from fedllm_sec.federation.learner import Learner
 from fedllm_sec.federation.loop import Arm, prepare_arm
+from fedllm_sec.federation.methods import build_methods
 from fedllm_sec.federation.models import ModelLearner
 from fedllm_sec.federation.optimizers import optimizer
 from fedllm_sec.federation.run_folder import ArmFolder, check_free, claim
 from fedllm_sec.federation.scale import choose_scale, stand_ins
-from fedllm_sec.federation.server import build_methods
 from fedllm_sec.federation.texts import Data, load_data
 from fedllm_sec.federation.trackers import check_trackers
 from fedllm_sec.federation.world import World

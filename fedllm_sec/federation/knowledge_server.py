@@ -39,7 +39,7 @@ class KnowledgeServer(Server):
 
     learner: KnowledgeLearner
 
-    def step(self, round: Round, present: Sequence[int]) -> tuple[Refusal, ...]:
+    def attempt(self, round: Round, present: Sequence[int]) -> tuple[Refusal, ...]:
         """Train the server's network on what the clients of a round sent; return who was refused.
 
         What they sent is deleted then: features take 64 KiB for each image of CIFAR-10, in every round anew.

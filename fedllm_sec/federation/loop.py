@@ -12,10 +12,11 @@ from fedllm_sec.core import Round, Threat
 from fedllm_sec.federation.knowledge import KnowledgeLearner
 from fedllm_sec.federation.knowledge_server import KnowledgeServer
 from fedllm_sec.federation.learner import Learner, Training, finite
+from fedllm_sec.federation.methods import Methods
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.federation.progress import RoundProgress
 from fedllm_sec.federation.run_folder import SERVER, ArmFolder, client_name
-from fedllm_sec.federation.server import Methods, Server, visible_clients
+from fedllm_sec.federation.server import Server, visible_clients
 from fedllm_sec.federation.trackers import Trackers
 from fedllm_sec.federation.world import World
 from fedllm_sec.updates.admit import Refusal, open_updates
@@ -121,6 +122,7 @@ class Arm:
             "times": times,
             "malicious": [client_name(client) for client in malicious],
             "refused": {refusal.client: refusal.reason for refusal in refusals},
+            "skipped": self.folder.skipped(round.index),
             "decisions": {path.parent.name: read_json(path) for path in decisions},
             "train_loss": {client: claim["loss"] for client, claim in claims.items()},
             "num_samples": {client: claim["num_samples"] for client, claim in claims.items()},
@@ -146,7 +148,8 @@ class Arm:
 
     def round(self, index: int) -> Round:
         """What the server knows of a round."""
-        previous = self.folder.round(index - 1) if index > 1 else None
+        before = next((i for i in range(index - 1, 0, -1) if self.folder.skipped(i) is None), 0)
+        previous = self.folder.round(before) if before else None
         return Round(index, self.folder.round(index), self.config.seed, previous)
 
 

@@ -27,6 +27,8 @@ from fedllm_sec.updates.update_set import UpdateSet
 
 BUFFERS = "buffers"  # the stem of a file beside a model's
 MANY = "clients"  # the stem of a file that holds what many clients sent
+SKIPPED = "skipped.json"
+POISONED = "poisoned"  # begins the name of what the adversary sent in a client's place
 SERVER = -1  # stands for a client's number where the server trains on its own texts
 
 
@@ -63,12 +65,22 @@ class ArmFolder:
 
     def poisoned(self, index: int, client: int) -> Path:
         """What the server received in its place, where the adversary rewrote it."""
-        return self.round(index) / f"poisoned_{client:02d}"
+        return self.round(index) / f"{POISONED}_{client:02d}"
 
     def metrics(self, index: int) -> dict[str, Any] | None:
         """The metrics of a whole round, or None: they are written last."""
         path = self.round(index) / "metrics.json"
         return read_json(path) if path.exists() else None
+
+    def skip(self, index: int, reason: str) -> None:
+        """Note that the server left the model of a round as it was."""
+        write_json(self.round(index) / SKIPPED, {"reason": reason})
+
+    def skipped(self, index: int) -> str | None:
+        """Why the server left the model of a round as it was; None where it did not."""
+        path = self.round(index) / SKIPPED
+        reason: str | None = read_json(path)["reason"] if path.exists() else None
+        return reason
 
     def clear_unfinished(self, index: int) -> None:
         """Delete what is there of a round that is not whole."""

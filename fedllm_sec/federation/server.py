@@ -2,18 +2,19 @@
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedllm_sec.config import ArmSettings, Config, FederationSettings
-from fedllm_sec.core import Attack, Defense, Round, Threat, aggregate, derived_seed, poison
+from fedllm_sec.core import Attack, Round, Threat, aggregate, poison
 from fedllm_sec.federation.buffers import aggregate_buffers
-from fedllm_sec.federation.optimizers import Optimizer, optimizer
-from fedllm_sec.federation.participants import participants
+from fedllm_sec.federation.methods import Methods, malicious_clients
 from fedllm_sec.federation.run_folder import (
+    POISONED,
     SERVER,
     ArmFolder,
     Sent,
@@ -21,7 +22,6 @@ from fedllm_sec.federation.run_folder import (
     fill_folder,
     save_updates,
 )
-from fedllm_sec.registry import attack, defense
 from fedllm_sec.updates.admit import (
     Admission,
     Refusal,
@@ -29,10 +29,8 @@ from fedllm_sec.updates.admit import (
     admit,
     open_updates,
     scan,
-    stack_updates,
 )
 from fedllm_sec.updates.claims import largest_claim
-from fedllm_sec.updates.device import Budget
 from fedllm_sec.updates.errors import InputError, NotFiniteError
 from fedllm_sec.updates.files import atomic_folder
 from fedllm_sec.updates.update_set import UpdateSet
@@ -40,85 +38,12 @@ from fedllm_sec.updates.update_set import UpdateSet
 logger = logging.getLogger(__name__)
 
 
-class Methods(NamedTuple):
-    """An arm's attack and defenses and the server's optimizer, built."""
+class TooFewError(Exception):
+    """Those who passed the gate are too few for a defense; `refusals` lists the others."""
 
-    attack: Attack | None
-    defenses: tuple[Defense, ...]
-    optimizer: Optimizer
-
-
-def build_methods(arm: ArmSettings, config: Config) -> Methods:
-    """Build an arm's methods and rehearse its defenses.
-
-    Raises:
-        InputError: for unknown names or parameters, a client that does not exist, or a defense that cannot work with
-            so many clients; all before any work.
-    """
-    federation = config.federation
-    malicious_clients(arm, federation.clients, seed=0, index=1)
-    Budget.of(federation.memory, federation.device)
-    methods = Methods(
-        attack.build(arm.attack.name, arm.attack.parameters) if arm.attack else None,
-        tuple(defense.build(method.name, method.parameters) for method in arm.defenses),
-        optimizer.build(federation.optimizer.name, federation.optimizer.parameters),
-    )
-    methods.optimizer.check(config.training)
-    if arm.attack and arm.attack.name == "label_flipping" and config.training.procedure.name == "gan":
-        raise InputError("label_flipping changes nothing under training.procedure=gan, which looks at no label")
-    if methods.optimizer.transfer is not None:
-        check_for_transfer(methods, federation)
-    rehearse(methods, config)
-    return methods
-
-
-def rehearse(methods: Methods, config: Config) -> None:
-    """Let the defenses work on tiny updates of all clients, and of those of the round in which the fewest answer.
-
-    Raises:
-        InputError: if they cannot work; naming that round, if they cannot work with so few.
-    """
-    federation = config.federation
-    if not methods.defenses:
-        return
-    rehearse_with(federation.clients, methods, config)
-    rounds = range(1, federation.rounds + 1) if federation.dropout else [1]
-    fewest, index = min((len(participants(federation, config.seed, index)), index) for index in rounds)
-    try:
-        rehearse_with(fewest, methods, config)
-    except InputError as error:
-        raise InputError(f"in round {index} only {fewest} of {federation.clients} clients answer: {error}") from None
-
-
-def rehearse_with(clients: int, methods: Methods, config: Config) -> None:
-    """Let the defenses work on so many tiny updates."""
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(clients)]
-    updates = stack_updates(rows, [1.0] * clients)
-    trusted = updates.rows([0]) if config.federation.root_samples else None
-    aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
-
-
-def check_for_transfer(methods: Methods, federation: FederationSettings) -> None:
-    """Raise InputError for what acts on weights, where clients send features."""
-    attack = methods.attack
-    if methods.defenses or federation.root_samples or (attack and (attack.poison_model or not attack.poison_data)):
-        raise InputError(
-            f"{federation.optimizer.name} exchanges features, not weights: leave out defenses and "
-            "federation.root_samples, and of attacks take one that acts on data alone, such as label_flipping"
-        )
-
-
-def malicious_clients(arm: ArmSettings, clients: int, seed: int, index: int) -> tuple[int, ...]:
-    """Which clients the adversary owns in a round: those named, or so many drawn by the run's seed."""
-    if isinstance(arm.malicious, tuple):
-        if unknown := [client for client in arm.malicious if not 0 <= client < clients]:
-            raise InputError(f"malicious client {unknown[0]} does not exist: clients are 0 to {clients - 1}")
-        return tuple(sorted(set(arm.malicious)))
-    if not 0 <= arm.malicious <= clients:
-        raise InputError(f"malicious={arm.malicious}, but there are {clients} clients")
-    generator = torch.Generator().manual_seed(derived_seed(seed, "malicious", index if arm.redraw else "run"))
-    return tuple(sorted(torch.randperm(clients, generator=generator)[: arm.malicious].tolist()))
+    def __init__(self, refusals: Sequence[Refusal], reason: str):
+        self.refusals = tuple(refusals)
+        super().__init__(f"{len(self.refusals)} clients were refused, and with the others: {reason}")
 
 
 @dataclass(frozen=True)
@@ -138,9 +63,43 @@ class Server:
     def step(self, round: Round, present: Sequence[int]) -> tuple[Refusal, ...]:
         """From what the clients of a round sent to the next global model; return who was refused.
 
+        Where none pass the gate, or too few for a defense, the round is skipped: the model stays as it is.
+
         Raises:
             RefusedError: if an update does not pass the gate and the policy is `stop`.
-            InputError: if too few clients are left for a defense.
+        """
+        there = set(self.folder.round(round.index).iterdir())
+        try:
+            return self.attempt(round, present)
+        except RefusedError as error:
+            if self.settings.on_refused == "stop":
+                raise
+            refusals, reason = error.refusals, "no client passed the gate"
+        except TooFewError as error:
+            refusals, reason = error.refusals, str(error)
+        self.forget(round, there)
+        self.skip(round, reason)
+        return refusals
+
+    def skip(self, round: Round, reason: str) -> None:
+        """Leave the model as it is, and say so; memories and moments go on from the round before."""
+        logger.warning("round %d is skipped: %s", round.index, reason)
+        with atomic_folder(self.folder.global_model(round.index)) as partial:
+            shutil.copytree(self.folder.global_model(round.index - 1), partial, dirs_exist_ok=True)
+        self.folder.skip(round.index, reason)
+
+    def forget(self, round: Round, there: Set[Path]) -> None:
+        """Delete what an attempt wrote into a round's folder: decisions about rows that are no longer there."""
+        for begun in set(self.folder.round(round.index).iterdir()) - there:
+            if not begun.name.startswith(POISONED):
+                shutil.rmtree(begun)
+
+    def attempt(self, round: Round, present: Sequence[int]) -> tuple[Refusal, ...]:
+        """As `step`.
+
+        Raises:
+            RefusedError: if no client passes the gate, or one does not and the policy is `stop`.
+            TooFewError: if those who pass are too few for a defense.
         """
         sent = self.folder.sent(round.index, present)
         received = sent
@@ -150,15 +109,29 @@ class Server:
         admission = self.admitted(round.index, received)
         there = set(self.folder.round(round.index).iterdir())
         try:
-            self.aggregate_and_save(round, admission.updates, sent)
+            self.aggregate_rest(round, admission, sent)
         except NotFiniteError:
             admission = scan(admission)
             if self.settings.on_refused == "stop":
                 raise RefusedError(admission.refusals) from None
-            for begun in set(self.folder.round(round.index).iterdir()) - there:  # decisions about rows no longer there
-                shutil.rmtree(begun)
-            self.aggregate_and_save(round, admission.updates, sent)
+            self.forget(round, there)
+            self.aggregate_rest(round, admission, sent)
         return admission.refusals
+
+    def aggregate_rest(self, round: Round, admission: Admission, sent: Mapping[int, Sent]) -> None:
+        """Aggregate the rows of those who passed.
+
+        Raises:
+            TooFewError: if some were refused, and a defense cannot work with the others.
+        """
+        try:
+            self.aggregate_and_save(round, admission.updates, sent)
+        except NotFiniteError:
+            raise
+        except InputError as error:
+            if not admission.refusals:
+                raise
+            raise TooFewError(admission.refusals, str(error)) from None
 
     def malicious(self, index: int, present: Sequence[int]) -> tuple[int, ...]:
         """The adversary's clients among those that answer in a round."""

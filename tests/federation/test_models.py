@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from fedllm_sec import InputError
 from fedllm_sec.config import Config
+from fedllm_sec.federation import models
 from fedllm_sec.federation.experiment import run_experiment
 from fedllm_sec.federation.world import World
 from fedllm_sec.reports.page import report
 from fedllm_sec.updates import open_updates
+from fedllm_sec.updates.admit import RefusedError
 from tests.launch import assert_same_run
 
 SGD = {"optimizer": "sgd", "steps": None, "batch_size": 16, "learning_rate": 0.05, "schedule": "constant"}
@@ -177,3 +179,45 @@ def test_what_cannot_run_is_an_error_before_any_work(run, change, message, tmp_p
     with pytest.raises(InputError, match=message):
         run(change)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_round_without_anybody_who_is_fit_leaves_the_model_and_the_run_goes_on(run):
+    """Weights of 1e32 pass the gate, but two layers of them overflow: all trainings of the next rounds are NaN."""
+    spoil = {"attack": {"name": "byzantine", "mode": "random", "scale": 1e32}, "malicious": 1}
+    small = {"model": {"name": "lenet"}, "data": {"train_limit": 140, "test_limit": 50}}
+    folder = run({**small, "arms": {"spoilt": spoil, "benign": {}}})
+    rows = metrics(folder, "spoilt")
+    assert len(rows) == len(metrics(folder)) == 4
+    assert rows[1]["skipped"] is None
+    assert [row["skipped"] for row in rows[2:]] == ["no client passed the gate"] * 2
+    assert [len(row["refused"]) for row in rows[1:]] == [0, 7, 7]
+    models = [(folder / f"spoilt/global_000{i}/model.safetensors").read_bytes() for i in (1, 2, 3)]
+    assert models[0] == models[1] == models[2]
+    with pytest.raises(RefusedError, match="NaN"):
+        run({**small, "arms": {"spoilt": spoil}, "federation": {"on_refused": "stop"}}, "stopped")
+
+
+def test_a_round_in_which_too_few_are_fit_for_a_defense_is_skipped_and_memories_go_on(run, monkeypatch):
+    """In round 2 five of seven clients send NaN, and Krum with f=1 needs five."""
+    honest, rounds = models.save_many, []
+
+    def spoilt(clients, parts, claims, stem):
+        if stem.parent.name == "round_0002":
+            rounds.append(2)
+            for tensor in parts[""].values():
+                tensor[:5] = float("nan")
+        honest(clients, parts, claims, stem)
+
+    monkeypatch.setattr(models, "save_many", spoilt)
+    arm = {"defenses": [{"name": "krum", "f": 1, "m": 2}, {"name": "cross_round"}]}
+    change = {"arms": {"a": arm}, "federation": {"rounds": 3, "optimizer": {"name": "fedadam"}}}
+    folder = run(change)
+    rows = metrics(folder, "a")
+    assert rounds
+    assert rows[2]["skipped"].startswith("5 clients were refused, and with the others: krum")
+    assert rows[2]["decisions"] == {}
+    assert [rows[i]["skipped"] for i in (1, 3)] == [None, None]
+    moments = [load_file(folder / f"a/round_000{i}/optimizer/second.safetensors") for i in (1, 3)]
+    assert not (folder / "a/round_0002/optimizer").exists()
+    for name, later in moments[1].items():  # had it begun anew, it would be a step from tau**2
+        assert (later >= 0.99 * moments[0][name] - 1e-12).all()

@@ -17,7 +17,7 @@ import fedllm_sec.training.adversarial  # noqa: F401  (registers `gan`)
 from fedllm_sec import InputError
 from fedllm_sec.config import Config, TrainingSettings, resolve
 from fedllm_sec.federation.experiment import run_experiment
-from fedllm_sec.federation.server import build_methods
+from fedllm_sec.federation.methods import build_methods
 from fedllm_sec.federation.world import World
 from fedllm_sec.models import Shape, model
 from fedllm_sec.reports.page import report

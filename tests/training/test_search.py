@@ -16,7 +16,7 @@ from torch import nn
 from fedllm_sec import InputError
 from fedllm_sec.config import Config, TrainingSettings, read_tree, resolve
 from fedllm_sec.federation.experiment import run_experiment
-from fedllm_sec.federation.server import build_methods
+from fedllm_sec.federation.methods import build_methods
 from fedllm_sec.federation.world import World
 from fedllm_sec.models import Shape, model
 from fedllm_sec.models.genotype import genotype_of

@@ -1,0 +1,95 @@
+"""An arm's methods, built from its settings, and rehearsed before any work."""
+
+from typing import NamedTuple
+
+import torch
+
+from fedllm_sec.config import ArmSettings, Config, FederationSettings
+from fedllm_sec.core import Attack, Defense, Round, aggregate, derived_seed
+from fedllm_sec.federation.optimizers import Optimizer, optimizer
+from fedllm_sec.federation.participants import participants
+from fedllm_sec.registry import attack, defense
+from fedllm_sec.updates.admit import stack_updates
+from fedllm_sec.updates.device import Budget
+from fedllm_sec.updates.errors import InputError
+
+
+class Methods(NamedTuple):
+    """An arm's attack and defenses and the server's optimizer, built."""
+
+    attack: Attack | None
+    defenses: tuple[Defense, ...]
+    optimizer: Optimizer
+
+
+def build_methods(arm: ArmSettings, config: Config) -> Methods:
+    """Build an arm's methods and rehearse its defenses.
+
+    Raises:
+        InputError: for unknown names or parameters, a client that does not exist, or a defense that cannot work with
+            so many clients; all before any work.
+    """
+    federation = config.federation
+    malicious_clients(arm, federation.clients, seed=0, index=1)
+    Budget.of(federation.memory, federation.device)
+    methods = Methods(
+        attack.build(arm.attack.name, arm.attack.parameters) if arm.attack else None,
+        tuple(defense.build(method.name, method.parameters) for method in arm.defenses),
+        optimizer.build(federation.optimizer.name, federation.optimizer.parameters),
+    )
+    methods.optimizer.check(config.training)
+    if arm.attack and arm.attack.name == "label_flipping" and config.training.procedure.name == "gan":
+        raise InputError("label_flipping changes nothing under training.procedure=gan, which looks at no label")
+    if methods.optimizer.transfer is not None:
+        check_for_transfer(methods, federation)
+    rehearse(methods, config)
+    return methods
+
+
+def rehearse(methods: Methods, config: Config) -> None:
+    """Let the defenses work on tiny updates of all clients, and of those of the round in which the fewest answer.
+
+    Raises:
+        InputError: if they cannot work; naming that round, if they cannot work with so few.
+    """
+    federation = config.federation
+    if not methods.defenses:
+        return
+    rehearse_with(federation.clients, methods, config)
+    rounds = range(1, federation.rounds + 1) if federation.dropout else [1]
+    fewest, index = min((len(participants(federation, config.seed, index)), index) for index in rounds)
+    try:
+        rehearse_with(fewest, methods, config)
+    except InputError as error:
+        raise InputError(f"in round {index} only {fewest} of {federation.clients} clients answer: {error}") from None
+
+
+def rehearse_with(clients: int, methods: Methods, config: Config) -> None:
+    """Let the defenses work on so many tiny updates."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"rehearsal": torch.randn(3, generator=generator)} for _ in range(clients)]
+    updates = stack_updates(rows, [1.0] * clients)
+    trusted = updates.rows([0]) if config.federation.root_samples else None
+    aggregate(updates, Round(reference=updates.rows([0]), trusted=trusted), methods.defenses)
+
+
+def check_for_transfer(methods: Methods, federation: FederationSettings) -> None:
+    """Raise InputError for what acts on weights, where clients send features."""
+    attack = methods.attack
+    if methods.defenses or federation.root_samples or (attack and (attack.poison_model or not attack.poison_data)):
+        raise InputError(
+            f"{federation.optimizer.name} exchanges features, not weights: leave out defenses and "
+            "federation.root_samples, and of attacks take one that acts on data alone, such as label_flipping"
+        )
+
+
+def malicious_clients(arm: ArmSettings, clients: int, seed: int, index: int) -> tuple[int, ...]:
+    """Which clients the adversary owns in a round: those named, or so many drawn by the run's seed."""
+    if isinstance(arm.malicious, tuple):
+        if unknown := [client for client in arm.malicious if not 0 <= client < clients]:
+            raise InputError(f"malicious client {unknown[0]} does not exist: clients are 0 to {clients - 1}")
+        return tuple(sorted(set(arm.malicious)))
+    if not 0 <= arm.malicious <= clients:
+        raise InputError(f"malicious={arm.malicious}, but there are {clients} clients")
+    generator = torch.Generator().manual_seed(derived_seed(seed, "malicious", index if arm.redraw else "run"))
+    return tuple(sorted(torch.randperm(clients, generator=generator)[: arm.malicious].tolist()))
