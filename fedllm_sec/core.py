@@ -104,6 +104,7 @@ class Attack(NamedTuple):
     poison_data: Callable[[Any, Threat], Any] | None = None  # a malicious client's data set -> what it trains on
     reconstruct_data: Callable[[UpdateSet, Threat], Any] | None = None  # the visible rows -> what they reveal
     poison_model: Callable[[UpdateSet, Threat], UpdateSet] | None = None  # the visible rows -> its own rows
+    labels_only: bool = False  # poison_data changes nothing but labels, so that a training without them is untouched
 
 
 class Defense(NamedTuple):

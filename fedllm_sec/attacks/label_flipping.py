@@ -35,7 +35,7 @@ def label_flipping(*, source: Labels = (3, 2), target: Labels = (9, 1)) -> Attac
     def poison_data(examples: Any, threat: Threat) -> Any:
         return flip_arrays(examples, flipped) if isinstance(examples, Arrays) else flip_texts(examples, flipped)
 
-    return Attack(poison_data=poison_data)
+    return Attack(poison_data=poison_data, labels_only=True)
 
 
 def flip_arrays(examples: Arrays, flipped: Mapping[int, int]) -> Arrays:

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from fedllm_sec.config import ArmSettings, Config, FederationSettings
+from fedllm_sec.config import ArmSettings, Config, FederationSettings, Method
 from fedllm_sec.core import Attack, Defense, Round, aggregate, derived_seed
 from fedllm_sec.federation.optimizers import Optimizer, optimizer
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.registry import attack, defense
+from fedllm_sec.training.procedures import procedure
 from fedllm_sec.updates.admit import stack_updates
 from fedllm_sec.updates.device import Budget
 from fedllm_sec.updates.errors import InputError
@@ -38,12 +39,20 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
         optimizer.build(federation.optimizer.name, federation.optimizer.parameters),
     )
     methods.optimizer.check(config.training)
-    if arm.attack and arm.attack.name == "label_flipping" and config.training.procedure.name == "gan":
-        raise InputError("label_flipping changes nothing under training.procedure=gan, which looks at no label")
+    check_labels(arm, methods.attack, config.training.procedure)
     if methods.optimizer.transfer is not None:
         check_for_transfer(methods, federation)
     rehearse(methods, config)
     return methods
+
+
+def check_labels(arm: ArmSettings, chosen: Attack | None, trained: Method) -> None:
+    """Raise InputError for an attack on labels where clients train without them."""
+    looks = procedure.build(trained.name, trained.parameters).uses_labels
+    if arm.attack and chosen and chosen.labels_only and not looks:
+        raise InputError(
+            f"{arm.attack.name} changes nothing under training.procedure={trained.name}, which looks at no label"
+        )
 
 
 def rehearse(methods: Methods, config: Config) -> None:

@@ -60,6 +60,7 @@ class Adversarial:
     components: int
     known: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)  # the test images, their basis
     stackable = False
+    uses_labels = False
 
     def check(self, model: nn.Module, settings: TrainingSettings) -> None:
         """Refuse a model that is no such pair, FedProx, and a generator's rate that no schedule would reach."""

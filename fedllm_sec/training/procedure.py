@@ -25,9 +25,11 @@ class Procedure(Protocol):
 
     Attributes:
         stackable: whether `training.stacked` gives the same for models that it can stack.
+        uses_labels: whether it looks at the examples' labels.
     """
 
     stackable: bool
+    uses_labels: bool
 
     def check(self, model: nn.Module, settings: TrainingSettings) -> None:
         """Raise InputError for a model or a setting that it cannot go with."""
@@ -57,6 +59,7 @@ class Supervised:
     """Descend the cross-entropy of labelled examples."""
 
     stackable = True
+    uses_labels = True
 
     def check(self, model: nn.Module, settings: TrainingSettings) -> None:
         """Refuse a model that gives no logits of classes."""

@@ -31,6 +31,7 @@ class MiLeNAS:
     """
 
     stackable = False
+    uses_labels = True
 
     def __init__(self, rate: float, decay: float, betas: tuple[float, float], validation: float):
         self.rate, self.decay, self.betas, self.validation = rate, decay, betas, validation
