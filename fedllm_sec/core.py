@@ -18,6 +18,7 @@ from fedllm_sec.randomness import derived_seed
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_json
 from fedllm_sec.updates.update_set import UpdateSet, check_same_layout
+from fedllm_sec.victim import Victim
 
 Knowledge = Literal["own", "colluders", "all", "aggregator"]  # what an adversary sees: each what those before it do
 KNOWLEDGE: tuple[Knowledge, ...] = get_args(Knowledge)
@@ -94,6 +95,7 @@ class Threat:
         server: what the server would make of all rows of the round (with `aggregator`): a context in which the result
             can be read.
         noted: keeps what an attack found out, for whoever reads the run.
+        victim: how clients train, for an attack that looks at what their updates reveal.
     """
 
     round: Round
@@ -107,6 +109,7 @@ class Threat:
     received: Callable[..., UpdateSet] | None = None
     server: Callable[[UpdateSet], AbstractContextManager[UpdateSet]] | None = None
     noted: Callable[[str, Mapping[str, Any]], None] | None = None
+    victim: Victim | None = None
 
     def __post_init__(self) -> None:
         if hidden := set(self.malicious) - set(self.visible):

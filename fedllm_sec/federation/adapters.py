@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from fedllm_sec.attacks.reconstruction.judge import visible_prefix
 from fedllm_sec.config import Config
+from fedllm_sec.core import Round
 from fedllm_sec.federation.evaluator import Evaluator
-from fedllm_sec.federation.learner import Split, Training, finite
+from fedllm_sec.federation.learner import Split, Training, Truth, finite
 from fedllm_sec.federation.progress import StepCallback
-from fedllm_sec.federation.run_folder import SERVER, client_name, load_adapter, save_adapter
+from fedllm_sec.federation.run_folder import SERVER, ArmFolder, client_name, load_adapter, save_adapter
 from fedllm_sec.federation.texts import Data
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.encoding import TrainingRows, encode
@@ -21,7 +24,11 @@ from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.client import train_client
 from fedllm_sec.training.local import LocalCallback
+from fedllm_sec.training.schedule import factor
+from fedllm_sec.training.seen import texts_seen
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import read_json, write_json
+from fedllm_sec.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class AdapterLearner:
         received = load_adapter(training.received)
         for client in training.clients:
             folder, honest = training.out / client_name(client), client not in training.poisoning.clients
-            if honest and training.shared.take([client], folder.joinpath):
+            watched = client in training.victims  # what was trained elsewhere was not seen here
+            if honest and not watched and training.shared.take([client], folder.joinpath):
                 training.progress.client_step(client, self.steps(client))
                 continue
             self.train_client(training, client, received)
@@ -112,16 +120,22 @@ class AdapterLearner:
         rows = TrainingRows(texts, self.base.tokenizer, self.max_length)
         index = training.round.index
         seed = training.round.seed_for(client_name(client), "train")
-        turn = train_client(
-            self.base,
-            rows,
-            received,
-            self.config.training,
-            seed=seed,
-            rounds_done=index - 1,
-            rounds=self.config.federation.rounds,
-            callbacks=callbacks,
-        )
+        watched = client in training.victims
+        watching: AbstractContextManager[list[list[int]]]
+        watching = texts_seen(self.base.model) if watched else nullcontext([])
+        with watching as texts_of_turn:
+            turn = train_client(
+                self.base,
+                rows,
+                received,
+                self.config.training,
+                seed=seed,
+                rounds_done=index - 1,
+                rounds=self.config.federation.rounds,
+                callbacks=callbacks,
+            )
+        if watched:
+            self.keep_truth(training.folder.trained_on(index, client), texts_of_turn)
         loss = turn.loss
         if self.world.sharded:  # each process saw its own part of every batch
             losses = self.world.gather(loss)
@@ -130,6 +144,35 @@ class AdapterLearner:
             claims: dict[str, Any] = {"client": client_name(client), "round": index, "num_samples": samples}
             claims |= {"seed": seed, "loss": finite(loss), "steps": turn.steps, "seconds": turn.seconds}
             save_adapter(turn.adapter, self.base.adapter_config(), training.out / client_name(client), client=claims)
+
+    def keep_truth(self, path: Path, texts: list[list[int]]) -> None:
+        """Write what went through the model in a client's turn, for whoever judges an attack."""
+        if self.world.sharded:  # each process saw its own part of every batch
+            texts = [text for part in self.world.gather(texts) for text in part]
+        if self.world.is_main or not self.world.sharded:
+            path.parent.mkdir(exist_ok=True)
+            write_json(path, {"texts": texts})
+
+    def victim(self, received: Path, index: int, client: int) -> Victim:
+        """The learning rate is the mean over the steps of the round; a batch is that of one optimizer step."""
+        training, steps, rounds = self.config.training, self.steps(client), self.config.federation.rounds
+        factors = [factor(training, (index - 1 + step / steps) / rounds) for step in range(steps)]
+        together = (training.batch_size or 1) * training.gradient_accumulation
+        return Victim(
+            learning_rate=training.learning_rate * math.fsum(factors) / steps,
+            steps=steps,
+            batch_size=min(together * (self.world.size if self.world.sharded else 1), len(self.texts(client))),
+            optimizer=training.optimizer,
+            weight_decay=training.weight_decay,
+            momentum=training.momentum if training.optimizer == "sgd" else 0.0,
+            base=base_folder(self.base),
+        )
+
+    def truth(self, folder: ArmFolder, round: Round, client: int) -> Truth:
+        """The texts that went through the model, but for the last token of each (`visible_prefix`)."""
+        texts = read_json(folder.trained_on(round.index, client))["texts"]
+        visible = dict.fromkeys(visible_prefix(text, causal=True) for text in texts)
+        return Truth(texts=tuple(visible), decode=self.base.tokenizer.decode)
 
     def success(self, folder: Path, goal: Callable[[Any], Any]) -> float:
         """How often the labels that an attack wants are the likeliest; without labels, how often its words are."""
@@ -143,3 +186,22 @@ class AdapterLearner:
 
     def show(self, model: Path, folder: Path) -> None:
         """An adapter makes nothing that could be drawn."""
+
+
+def base_folder(base: BaseModel) -> Path:
+    """Where the base's files are; those of a hub id in the hub's cache, where loading has put them.
+
+    Raises:
+        InputError: if they are nowhere.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = str(base.model.config.name_or_path)
+    if Path(name).is_dir():
+        return Path(name)
+    revision = getattr(base.model.config, "_commit_hash", None)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise InputError(f"model.path={name}: its files are not found ({error}); download it to a folder") from None

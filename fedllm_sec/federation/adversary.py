@@ -59,8 +59,11 @@ class Adversary:
         return self.config.federation
 
     def malicious(self, index: int, present: Sequence[int]) -> tuple[int, ...]:
-        """Its clients among those that answer in a round; none where there is no attack, or it does not act then."""
-        if self.attack is None or index not in self.arm.attack_rounds:
+        """Its clients among those that answer in a round; none where there is no attack, or it does not act then.
+
+        One that only looks needs no client: it is the server's.
+        """
+        if self.attack is None or only_looks(self.attack) or index not in self.arm.attack_rounds:
             return ()
         drawn = malicious_clients(self.arm, self.settings.clients, self.config.seed, index)
         return tuple(client for client in drawn if client in present)
@@ -205,6 +208,13 @@ class Adversary:
     def opened(self, path: Path, space: str) -> UpdateSet:
         """A global model's weights, one row."""
         return open_updates([path], space=space, memory=self.settings.memory, device=self.settings.device)
+
+
+def only_looks(attack: Attack | None) -> bool:
+    """Whether all that an attack does is to reconstruct data: then it is the server's, and nobody is malicious."""
+    if attack is None or attack.reconstruct_data is None:
+        return False
+    return not (attack.poison_data or attack.poison_model or attack.train or attack.train_last)
 
 
 def visible_clients(arm: ArmSettings, malicious: tuple[int, ...], present: tuple[int, ...]) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from rich.progress import Progress
 
 from fedllm_sec.config import Config, read_tree, resolve, to_yaml
 from fedllm_sec.federation.adapters import AdapterLearner
+from fedllm_sec.federation.curious import rehearse_looks
 from fedllm_sec.federation.evaluator import Evaluator
 from fedllm_sec.federation.examples import load_examples
 from fedllm_sec.federation.knowledge import KnowledgeLearner
@@ -84,6 +85,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     check_free(folder, to_yaml(config), resume=resume)
     world.wait()  # nobody claims the folder before everybody has looked
     learner = learner_of(config, work, world)
+    rehearse_looks(config, {name: each.attack for name, each in methods.items()}, learner)
     if world.is_main:
         claim(folder, to_yaml(config))
         if split := learner.split():

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from fedllm_sec.config import Config
 from fedllm_sec.federation.buffers import FILE as BUFFERS_FILE
 from fedllm_sec.federation.examples import Examples
+from fedllm_sec.federation.jobs import claims
 from fedllm_sec.federation.learner import Training
-from fedllm_sec.federation.models import ModelLearner, claims
+from fedllm_sec.federation.models import ModelLearner
 from fedllm_sec.federation.optimizers import optimizer
 from fedllm_sec.federation.run_folder import ArmFolder, client_name
 from fedllm_sec.federation.world import World

@@ -7,11 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from torch import Tensor
+
 from fedllm_sec.core import Round
 from fedllm_sec.federation.adversary import Poisoning
 from fedllm_sec.federation.progress import RoundProgress
 from fedllm_sec.federation.run_folder import ArmFolder
 from fedllm_sec.federation.shared import SharedWork
+from fedllm_sec.victim import Victim
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Training:
         progress: is told how far the clients are.
         again: whether malicious clients train for a second time; what they send goes to `ArmFolder.again`.
         cache: where arms share what honest clients send; None: they do not.
+        victims: clients of whom is kept what they really train on, because somebody will try to find it out.
     """
 
     round: Round
@@ -35,6 +39,7 @@ class Training:
     progress: RoundProgress
     again: bool = False
     cache: Path | None = None
+    victims: frozenset[int] = frozenset()
 
     @property
     def received(self) -> Path:
@@ -63,6 +68,24 @@ class Split(NamedTuple):
     names: int | Sequence[str]
 
 
+class Truth(NamedTuple):
+    """What a client really trained on in a round: for whoever judges an attack, which is never given it.
+
+    Attributes:
+        inputs: (m, *shape) the distinct examples of a small model, as it takes them.
+        labels: (m,) int64, theirs.
+        every: (k,) int64, the label of each example of each batch: one that came twice is there twice.
+        texts: the distinct texts of a language model, as far as an update can tell of them.
+        decode: writes their tokens as text.
+    """
+
+    inputs: Tensor | None = None
+    labels: Tensor | None = None
+    every: Tensor | None = None
+    texts: tuple[tuple[int, ...], ...] = ()
+    decode: Callable[[Sequence[int]], str] | None = None
+
+
 class Learner(Protocol):
     """Something that clients train on examples of their own, and the server tests."""
 
@@ -88,6 +111,12 @@ class Learner(Protocol):
 
     def train(self, training: Training) -> None:
         """Train some clients of a round, and write what they send with their claims: samples, loss, steps, seconds."""
+
+    def victim(self, received: Path, index: int, client: int) -> Victim:
+        """How a client trains in round `index` that received a global model or adapter; all that the server knows."""
+
+    def truth(self, folder: ArmFolder, round: Round, client: int) -> Truth:
+        """What one of `Training.victims` really trained on."""
 
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The metrics of a global model or adapter, the same on every process."""

@@ -11,6 +11,7 @@ from typing import Any
 from fedllm_sec.config import Config
 from fedllm_sec.core import Round
 from fedllm_sec.federation.adversary import Adversary, Poisoning
+from fedllm_sec.federation.curious import Curious, mean_leakage
 from fedllm_sec.federation.knowledge import KnowledgeLearner
 from fedllm_sec.federation.knowledge_server import KnowledgeServer
 from fedllm_sec.federation.learner import Learner, Training, finite
@@ -88,7 +89,8 @@ class Arm:
         progress.begin_round(index, {client: self.learner.steps(client) for client in trainees})
         round = self.round(index)
         poisoning = self.adversary.first_training(round, present)
-        self.train(Training(round, self.folder, self.world.share(trainees), poisoning, progress, cache=self.cache))
+        here, victims = self.world.share(trainees), frozenset(self.curious.victims(index, present))
+        self.train(Training(round, self.folder, here, poisoning, progress, cache=self.cache, victims=victims))
         if last := self.adversary.last_training(round, present):
             self.train_again(round, last, progress)
         return self.serve(round, present, time.perf_counter() - began) if self.world.is_main else {}
@@ -114,6 +116,11 @@ class Arm:
         return Adversary(self.folder, self.settings, self.methods.attack, self.config)
 
     @property
+    def curious(self) -> Curious:
+        """Who looks at what clients sent."""
+        return Curious(self.adversary, self.learner)
+
+    @property
     def server(self) -> Server:
         """The server's side."""
         if isinstance(self.learner, KnowledgeLearner):
@@ -121,26 +128,28 @@ class Arm:
         return Server(self.folder, self.settings, self.methods, self.config)
 
     def serve(self, round: Round, present: Sequence[int], training_wall: float) -> dict[str, Any]:
-        """The server's step, on the main process."""
+        """What a curious server finds out, and the server's step, on the main process."""
+        took = self.curious.look(round, present)
         began = time.perf_counter()
         refusals = self.server.step(round, present)
-        return self.facts(round, present, refusals, training_wall, time.perf_counter() - began)
+        times = {"training_wall_seconds": training_wall, "server_seconds": time.perf_counter() - began}
+        facts = self.facts(round, present, refusals, times)
+        if took:
+            facts["times"]["reconstruction_seconds"] = took
+            facts["victims"] = list(took)
+        return facts
 
     def facts(
-        self, round: Round, present: Sequence[int], refusals: Sequence[Refusal], training: float, serving: float
+        self, round: Round, present: Sequence[int], refusals: Sequence[Refusal], times: Mapping[str, float]
     ) -> dict[str, Any]:
         """What there is to say of a round besides the test."""
         claims = {client_name(c): sent.claims for c, sent in self.folder.sent(round.index, present).items()}
-        times = {
-            "trainer_seconds": math.fsum(claim["seconds"] for claim in claims.values()),
-            "training_wall_seconds": training,
-            "server_seconds": serving,
-        }
+        trainer = math.fsum(claim["seconds"] for claim in claims.values())
         malicious = self.adversary.malicious(round.index, present)
         decisions = sorted(self.folder.round(round.index).glob("*/decision.json"))
         found = sorted(self.folder.round(round.index).glob("adversary_*.json"))
         return {
-            "times": times,
+            "times": {"trainer_seconds": trainer, **times},
             "malicious": [client_name(client) for client in malicious],
             "adversary": {path.stem.removeprefix("adversary_"): read_json(path) for path in found},
             "refused": {refusal.client: refusal.reason for refusal in refusals},
@@ -177,7 +186,7 @@ class Arm:
         if SUCCESS in self.goals and 0 < last < index:
             earlier = [float((self.folder.metrics(i) or {})[SUCCESS]) for i in range(last + 1, index)]
             measured["lifespan"] = lifespan([*earlier, measured[SUCCESS]])
-        return measured | mean_stealth(self.folder.round(index))
+        return measured | mean_stealth(self.folder.round(index)) | mean_leakage(self.folder.reconstructed(index))
 
     def round(self, index: int) -> Round:
         """What the server knows of a round."""

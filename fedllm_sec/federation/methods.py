@@ -6,7 +6,8 @@ import torch
 
 from fedllm_sec.config import Config
 from fedllm_sec.core import Attack, Defense, Round, aggregate, check_granted
-from fedllm_sec.federation.adversary import malicious_clients
+from fedllm_sec.federation.adversary import malicious_clients, only_looks
+from fedllm_sec.federation.curious import check_victims
 from fedllm_sec.federation.optimizers import Optimizer, optimizer
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.registry import attack, defense
@@ -42,6 +43,7 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
     )
     methods.optimizer.check(config.training)
     check_attack(arm, methods.attack, config)
+    check_victims(arm, methods.attack, config)
     if methods.optimizer.transfer is not None:
         check_for_transfer(methods, federation)
     rehearse(methods, config)
@@ -63,7 +65,7 @@ def check_attack(arm: ArmSettings, chosen: Attack | None, config: Config) -> Non
         return
     name, trained = arm.attack.name, config.training.procedure
     try:
-        check_granted(chosen, arm.visible)
+        check_granted(chosen, "aggregator" if only_looks(chosen) else arm.visible)
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     check_labels(arm, chosen, trained)

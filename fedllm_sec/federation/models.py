@@ -1,10 +1,10 @@
 """A federation of small models: the clients of a round train side by side, and send their whole models."""
 
+import copy
 import functools
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedllm_sec.config import Config
-from fedllm_sec.core import Local
+from fedllm_sec.core import Round
 from fedllm_sec.federation.buffers import FILE as BUFFERS_FILE
 from fedllm_sec.federation.examples import Examples
-from fedllm_sec.federation.learner import Split, Training, finite
-from fedllm_sec.federation.run_folder import BUFFERS, MANY, SERVER, client_name, save_many
+from fedllm_sec.federation.jobs import Job, claims, groups
+from fedllm_sec.federation.learner import Split, Training, Truth
+from fedllm_sec.federation.run_folder import BUFFERS, MANY, SERVER, ArmFolder, client_name, save_many
 from fedllm_sec.federation.world import World
 from fedllm_sec.reports.samples import draw_samples
 from fedllm_sec.settings import TrainingSettings
 from fedllm_sec.tasks.arrays import Arrays, ArrayTask
-from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.procedures import procedure
 from fedllm_sec.training.schedule import factor
 from fedllm_sec.training.small import Trained, train_each, train_one
@@ -31,20 +31,9 @@ from fedllm_sec.updates.device import parse_bytes
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import atomic_folder
 from fedllm_sec.updates.sources import MODEL_FILE
+from fedllm_sec.victim import Victim
 
 PREPARED = 2**31  # bytes; examples that take no more are prepared once for the whole run
-
-
-@dataclass(frozen=True)
-class Job:
-    """One client's training in a round: whose examples, which batches, which randomness; what an adversary adds."""
-
-    client: int
-    pool: Arrays
-    work: Plan
-    samples: int
-    seed: int
-    local: Local | None = None
 
 
 class ModelLearner:
@@ -189,6 +178,38 @@ class ModelLearner:
         seed = training.round.seed_for(client_name(client), "train")
         return Job(client, pool, self.procedure.plan(places, settings, seed), samples, seed, local)
 
+    def victim(self, received: Path, index: int, client: int) -> Victim:
+        """The learning rate is that of the round; `batch_size` is that of a whole batch."""
+        settings, size = self.settings(index), len(self.places(client))
+        state, model = self.load(received), copy.deepcopy(self.model)
+        model.load_state_dict(state)
+        bounds = None
+        if self.examples.train.x.dtype == torch.uint8:
+            black, white = (torch.full(self.work.shape, value, dtype=torch.uint8)[None] for value in (0, 255))
+            prepare = self.procedure.prepare(self.work)
+            bounds = prepare(black)[0], prepare(white)[0]
+        return Victim(
+            learning_rate=settings.learning_rate,
+            steps=self.steps(client),
+            batch_size=min(settings.batch_size or size, size),
+            optimizer=settings.optimizer,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
+            model=model.train(),
+            buffers={name: value for name, value in state.items() if name not in self.parameters},
+            shape=tuple(self.prepare(self.pool.x[:1]).shape[1:]),
+            classes=self.work.classes,
+            bounds=bounds,
+        )
+
+    def truth(self, folder: ArmFolder, round: Round, client: int) -> Truth:
+        """The batches of an honest client are planned before it trains, by its name and the round."""
+        seed = round.seed_for(client_name(client), "train")
+        work = self.procedure.plan(self.places(client), self.settings(round.index), seed)
+        used = torch.cat([row[:size] for row, size in zip(work.indices, work.sizes.tolist(), strict=True)])
+        distinct = torch.tensor(sorted(set(used.tolist())))
+        return Truth(self.prepare(self.pool.x[distinct]), self.pool.y[distinct], self.pool.y[used])
+
     def checked(self, made: Arrays) -> Arrays:
         """Examples that an attack made, if a model can be trained and tested on them."""
         if not len(made.y):
@@ -248,32 +269,3 @@ class ModelLearner:
 def as_it_is(x: Tensor) -> Tensor:
     """Examples that were prepared before."""
     return x
-
-
-def groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
-    """Jobs that are done together: at most `size`, from one pool."""
-    group: list[Job] = []
-    for job in jobs:
-        if group and (len(group) == size or job.pool is not group[0].pool or job.local):
-            yield group
-            group = []
-        group.append(job)
-    if group:
-        yield group
-
-
-def claims(group: Sequence[Job], trained: Trained, index: int, seconds: float) -> list[dict[str, Any]]:
-    """What each client says of its training."""
-    losses, steps = trained.loss.tolist(), trained.steps.tolist()
-    return [
-        {
-            "client": client_name(job.client),
-            "round": index,
-            "num_samples": job.samples,
-            "seed": job.seed,
-            "loss": finite(loss),
-            "steps": done,
-            "seconds": seconds,
-        }
-        for job, loss, done in zip(group, losses, steps, strict=True)
-    ]

@@ -29,6 +29,7 @@ BUFFERS = "buffers"  # the stem of a file beside a model's
 MANY = "clients"  # the stem of a file that holds what many clients sent
 SKIPPED = "skipped.json"
 POISONED = "poisoned"  # begins the name of what the adversary sent in a client's place
+RECONSTRUCTED = "reconstructed"  # in a round's folder: what a curious server found out
 SERVER = -1  # stands for a client's number where the server trains on its own texts
 
 
@@ -63,6 +64,14 @@ class ArmFolder:
         """The same, of those that trained again what they sent then."""
         found = {**sent_in(self.round(index)), **sent_in(self.again(index))}
         return {client: found[client_name(client)] for client in clients}
+
+    def trained_on(self, index: int, client: int) -> Path:
+        """What a client really trained on, where an attack that tries to find it out is to be judged."""
+        return self.round(index) / "trained_on" / f"{client_name(client)}.json"
+
+    def reconstructed(self, index: int) -> Path:
+        """What a curious server found out in a round."""
+        return self.round(index) / RECONSTRUCTED
 
     def poisoned(self, index: int, client: int) -> Path:
         """What the server received in its place, where the adversary rewrote it."""

@@ -7,6 +7,7 @@ coins are drawn by the run's seed (`random_seed`) and the round, and `init` with
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fedllm_sec.randomness import derived_seed
 from fedllm_sec.registry import attack
 from fedllm_sec.updates.admit import stack_updates
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.victim import Victim
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +158,18 @@ class FedAttacker(OneOfAProcess):
     is_model_attack = is_model_poisoning_attack
 
     def reconstruct_data(
-        self, raw_client_grad_list: Raw, extra_auxiliary_info: State | None = None, clients: Sequence[str] | None = None
+        self,
+        raw_client_grad_list: Raw,
+        extra_auxiliary_info: State | None = None,
+        clients: Sequence[str] | None = None,
+        *,
+        victim: Victim | None = None,
     ) -> Any:
-        """What the clients' models reveal of their data; arguments as for `poison_model`.
+        """What the clients' models reveal of their data; other arguments as for `poison_model`.
+
+        Args:
+            victim: how these clients train: their learning rate, steps, architecture. The papers have no argument for
+                it, and no attack gets anywhere without.
 
         Returns:
             What the attack returns; None in a round without an attack (`attack_prob`).
@@ -175,7 +186,7 @@ class FedAttacker(OneOfAProcess):
             return None
         names = list(clients or client_names(len(raw_client_grad_list)))
         received, threat = self._seen(raw_client_grad_list, extra_auxiliary_info, names, (), index)
-        return self.attack.reconstruct_data(received.updates, threat)
+        return self.attack.reconstruct_data(received.updates, replace(threat, victim=victim))
 
     def is_to_poison_data(self) -> bool:
         """Whether the client that asks is malicious in its round; see the class on who asks when."""

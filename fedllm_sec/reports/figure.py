@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm_sec.reports.read import SHARES, SUCCESS, Group, label
+from fedllm_sec.reports.read import LEAKAGE, SHARES, SUCCESS, Group, label
 from fedllm_sec.updates.files import atomic_file
 
 TITLES = {
@@ -17,10 +17,27 @@ TITLES = {
     "stealth/norm_ratio": "Length of malicious updates, by the median benign one",
     "stealth/cosine": "Cosine of malicious updates to the benign mean",
     "stealth/krum_rank": "Krum rank of malicious updates (0: chosen first)",
+    "leakage/psnr": "PSNR of reconstructed images (dB)",
+    "leakage/ssim": "SSIM of reconstructed images",
+    "leakage/mse": "Mean squared error of reconstructed images",
+    "leakage/matched": "Images for which one was reconstructed",
+    "leakage/label_accuracy": "Reconstructed images whose label is right",
+    "leakage/label_recall": "Classes that were found",
+    "leakage/label_precision": "Found classes that were there",
+    "leakage/label_exact": "Sets of classes that are exact",
+    "leakage/label_count_l1": "Error of the classes' counts (sum)",
+    "leakage/token_recall": "Distinct tokens that were found",
+    "leakage/token_precision": "Found tokens that were there",
+    "leakage/rouge_1": "ROUGE-1 F1 of reconstructed texts",
+    "leakage/rouge_2": "ROUGE-2 F1 of reconstructed texts",
+    "leakage/rouge_l": "ROUGE-L F1 of reconstructed texts",
+    "leakage/exact": "Texts that are exact",
+    "leakage/prefix": "Text that is right up to the first error",
     "frechet_pca": "Squared Fréchet distance",
     "discriminator_loss": "Loss of the discriminator (nats)",
     "generator_loss": "Loss of the generator (nats)",
 }
+NO_CURVE = {f"{LEAKAGE}{name}" for name in ("mse", "matched", "label_exact", "label_count_l1", "rouge_1", "rouge_2")}
 MARKERS = "osD^vPX*"
 STROKES = ("-", "-.", "--", ":")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # told apart by colour-blind readers too
@@ -68,6 +85,8 @@ def picture(groups: Sequence[Group], metric: str) -> Any:
         axes.axhline(majority, color="0.5", linestyle=":", label=f"commonest label ({majority:.1%})")
     if metric not in SHARES and everything and min(everything) > 0 and max(everything) > 20 * min(everything):
         axes.set_yscale("log")
+    if metric in SHARES and metric.startswith(LEAKAGE):
+        axes.set_ylim(-0.03, 1.03)  # nothing and all are what such a share is compared with
     if note := seeds_note(groups):
         axes.set_title(note, fontsize=10)
     axes.set_xlabel("Round")

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from fedllm_sec.reports.figure import TITLES, save
 from fedllm_sec.reports.page import STYLE, html_table, image
-from fedllm_sec.reports.read import SHARES, SUCCESS
+from fedllm_sec.reports.read import LEAKAGE, SHARES, SUCCESS
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json, write_text
 
 FLOOR = "floor"
+HIDES = "How well it hides"
 MAPS = {SUCCESS: "Oranges"}  # of one hue each, dark is much: told apart by colour-blind readers too
 WIDTH, HEIGHT = 0.82, 0.58  # inches of a cell
 NOTES = 150  # characters in a line below the maps
@@ -204,7 +205,7 @@ def linked_table(result: Mapping[str, Any], metric: str) -> str:
 
 
 def stealth_table(result: Mapping[str, Any]) -> str:
-    """How well the attacks hide, and for how long backdoors live: the other numbers of the cells."""
+    """How well attacks hide, what they find out, and for how long backdoors live: the other numbers of the cells."""
     known = dict.fromkeys(key for cell in result["cells"] for key in cell["mean"])
     keys = [key for key in known if key not in (result["metric"], SUCCESS, FLOOR)]
     rows = [
@@ -212,7 +213,9 @@ def stealth_table(result: Mapping[str, Any]) -> str:
         for cell in result["cells"]
         if any(cell["mean"].get(key) is not None for key in keys)
     ]
-    return f"<h2>How well it hides</h2>{html_table(['attack', 'defense', *keys], rows)}" if rows else ""
+    heads = [f"{key} (%)" if key in SHARES else key for key in keys]
+    title = "How well it hides, and what it finds out" if any(key.startswith(LEAKAGE) for key in keys) else HIDES
+    return f"<h2>{title}</h2>{html_table(['attack', 'defense', *heads], rows)}" if rows else ""
 
 
 def reasons_list(result: Mapping[str, Any]) -> str:

@@ -3,10 +3,11 @@
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
+from os.path import relpath
 from pathlib import Path
 
 from fedllm_sec.reports.claims import HEAD, READING, Finding, claims_markdown, findings, origin
-from fedllm_sec.reports.figure import TITLES, draw, seeds_note
+from fedllm_sec.reports.figure import NO_CURVE, TITLES, draw, seeds_note
 from fedllm_sec.reports.read import Curve, Group, Run, grouped, label, read_run
 from fedllm_sec.reports.table import rows
 from fedllm_sec.updates.errors import InputError
@@ -49,17 +50,36 @@ def report(folders: Sequence[Path], out: Path | None = None) -> Path:
     except OSError as error:
         raise InputError(f"cannot make the folder {out}: {error}") from None
     known = set().union(*(curve.measured for run in runs for curve in run.curves))
-    measured = [metric for metric in TITLES if metric in known]
+    measured = [metric for metric in TITLES if metric in known and metric not in NO_CURVE]
     drawings = [image(TITLES[metric], draw(groups, metric, out)[1]) for metric in measured]
     splits = [run.folder / "split.svg" for run in runs]
     drawings += [image("Who has which examples", split) for split in splits if split.is_file()]
     for run in runs:
         samples = [(curve.name, run.folder / curve.name / "samples.png") for curve in run.curves]
         drawings += [image(f"{run.folder.name}: what {name} makes", path) for name, path in samples if path.is_file()]
+        drawings += [image(f"{run.folder.name}: {told}", path) for told, path in last_looks(run, "png")]
     if claimed:
         write_text(out / "claims.md", claimed)
-    write_text(out / "index.html", page(groups, drawings))
+    write_text(out / "index.html", page(groups, drawings, pages_of_looks(runs, out)))
     return out / "index.html"
+
+
+def last_looks(run: Run, kind: str) -> list[tuple[str, Path]]:
+    """The last file of a kind (`png`, `html`) in which each arm shows what a curious server found; what, and where."""
+    found = []
+    for curve in run.curves:
+        paths = sorted((run.folder / curve.name).glob(f"round_*/reconstructed/*.{kind}"))
+        for path in paths[-1:]:
+            index = int(path.parts[-3].rpartition("_")[2])
+            found.append((f"what {curve.name} finds in the update of {path.stem}, round {index}", path))
+    return found
+
+
+def pages_of_looks(runs: Sequence[Run], out: Path) -> str:
+    """Links to the pages of the last texts that curious servers found; '' where there are none."""
+    looks = [(f"{run.folder.name}: {told}", path) for run in runs for told, path in last_looks(run, "html")]
+    links = "".join(f"<li><a href='{escape(relpath(path, out))}'>{escape(told)}</a></li>" for told, path in looks)
+    return f"<h2>Texts that were found in updates</h2><ul>{links}</ul>" if links else ""
 
 
 def image(title: str, drawing: Path) -> str:
@@ -69,8 +89,8 @@ def image(title: str, drawing: Path) -> str:
     return f"<figure><img alt='{escape(title)}' src='{source}'><figcaption>{escape(title)}</figcaption></figure>"
 
 
-def page(groups: Sequence[Group], drawings: Sequence[str]) -> str:
-    """The page's text."""
+def page(groups: Sequence[Group], drawings: Sequence[str], looks: str = "") -> str:
+    """The page's text; `looks` are links to pages of their own."""
     title = ", ".join(group.name for group in groups)
     runs = [run for group in groups for run in group.runs]
     parts = [
@@ -81,6 +101,7 @@ def page(groups: Sequence[Group], drawings: Sequence[str]) -> str:
         f"<p>{seeds_note(groups)}</p>",
         claims_section(groups),
         f"<div class='figures'>{''.join(drawings)}</div>",
+        looks,
     ]
     for run in runs:
         parts += [kept_table(curve, label(run, curve.name, len(runs) == 1)) for curve in run.curves]

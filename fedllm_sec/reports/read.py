@@ -12,7 +12,12 @@ from fedllm_sec.updates.errors import InputError
 ACCURACIES = ("accuracy", "client_accuracy")
 SUCCESS = "attack_success"
 FLOOR = f"{SUCCESS}/"  # begins the name of what an unattacked arm's model does of an attacked arm's will
-SHARES = (*ACCURACIES, "macro_f1", SUCCESS)  # metrics from 0 to 1
+LEAKAGE = "leakage/"  # begins the name of what is right of that which an attack reconstructed
+LEAKED = (  # those from 0 to 1
+    *("matched", "label_accuracy", "label_recall", "label_precision", "label_exact"),
+    *("token_recall", "token_precision", "rouge_1", "rouge_2", "rouge_l", "exact", "prefix"),
+)
+SHARES = (*ACCURACIES, "macro_f1", SUCCESS, *(LEAKAGE + name for name in LEAKED))  # metrics from 0 to 1
 
 
 class Curve(NamedTuple):
@@ -30,6 +35,12 @@ class Curve(NamedTuple):
     def last(self) -> dict[str, Any]:
         """The metrics of the last round."""
         return self.rounds[-1]
+
+    @property
+    def leaked(self) -> dict[str, Any]:
+        """What the last round in which somebody looked says of what was found: who looks need not look to the end."""
+        known = (row for row in reversed(self.rounds) if any(key.startswith(LEAKAGE) for key in row))
+        return {key: value for key, value in next(known, {}).items() if key.startswith(LEAKAGE)}
 
     @property
     def measured(self) -> set[str]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedllm_sec.reports.read import FLOOR, SUCCESS, Group, label
+from fedllm_sec.reports.read import FLOOR, LEAKAGE, SUCCESS, Group, label
 
 COLUMNS = (
     ("test_loss", "test loss", "{:.3f}"),
@@ -15,6 +15,11 @@ COLUMNS = (
     ("macro_f1", "macro-F1", "{:.1%}"),
     (SUCCESS, "attack success", "{:.1%}"),
     ("lifespan", "rounds it lived on", "{:.0f}"),
+    (f"{LEAKAGE}psnr", "PSNR of images", "{:.1f} dB"),
+    (f"{LEAKAGE}label_recall", "classes found", "{:.1%}"),
+    (f"{LEAKAGE}token_recall", "tokens found", "{:.1%}"),
+    (f"{LEAKAGE}token_precision", "of them right", "{:.1%}"),
+    (f"{LEAKAGE}rouge_l", "ROUGE-L", "{:.1%}"),
     ("frechet_pca", "Fréchet distance", "{:.4g}"),
     ("discriminator_loss", "discriminator loss", "{:.3f}"),
     ("generator_loss", "generator loss", "{:.3f}"),
@@ -36,7 +41,7 @@ def rows(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
         before = [run.curves[0].rounds[0] for run in group.runs]
         body.append(["before training" if alone else f"{group.name}: before training", "0", *cells(before)])
         for arm in group.arms:
-            last = [curve.last for curve in group.curves(arm)]
+            last = [{**curve.leaked, **curve.last} for curve in group.curves(arm)]
             reached = sorted({row["round"] for row in last})
             body.append(
                 [label(group, arm, alone), " to ".join(map(str, {reached[0]: 0, reached[-1]: 0})), *cells(last)]

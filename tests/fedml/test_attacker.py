@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fedllm_sec import Attack, InputError, attack
 from fedllm_sec.fedml import FedAttacker, FedDefender, FedMLAttacker
 from fedllm_sec.registry import Entry
+from fedllm_sec.victim import Victim
 from tests.fedml.models import BUFFERS, args, assert_same, copied, model, sent, updates, vector
 
 BYZANTINE = {"enable_attack": True, "attack_type": "byzantine", "byzantine_client_num": 3, "attack_mode": "zero"}
@@ -247,7 +248,7 @@ def test_what_is_reconstructed_is_given_back(monkeypatch):
     """FedML throws it away."""
 
     def dlg() -> Attack:
-        return Attack(reconstruct_data=lambda updates, threat: (updates.clients, threat.round.index))
+        return Attack(reconstruct_data=lambda updates, threat: (updates.clients, threat.round.index, threat.victim))
 
     list(attack)
     monkeypatch.setitem(attack._entries, "dlg", Entry("dlg", dlg, "arXiv:1906.08935"))
@@ -255,8 +256,9 @@ def test_what_is_reconstructed_is_given_back(monkeypatch):
     made.init(args(enable_attack=True, attack_type="dlg"))
     assert made.is_data_reconstruction_attack()
     raw = sent(2, REFERENCE)
-    assert made.reconstruct_data(raw, REFERENCE) == (("client_0", "client_1"), 1)
-    assert made.reconstruct_data(raw, REFERENCE, clients=["ann", "bob"]) == (("ann", "bob"), 2)
+    assert made.reconstruct_data(raw, REFERENCE) == (("client_0", "client_1"), 1, None)
+    victim = Victim(learning_rate=0.5, steps=3)
+    assert made.reconstruct_data(raw, REFERENCE, clients=["ann", "bob"], victim=victim) == (("ann", "bob"), 2, victim)
     assert updates(raw, REFERENCE).shape == (2, 37)
 
 
@@ -297,4 +299,4 @@ def test_the_papers_methods_are_there_under_their_arguments_names(skin):
     for name, wanted in SIGNATURES[skin].items():
         given = list(inspect.signature(getattr(skin(), name)).parameters)
         assert given[: len(wanted)] == wanted, name
-        assert given[len(wanted) :] in ([], ["clients"])
+        assert given[len(wanted) :] in ([], ["clients"], ["clients", "victim"])

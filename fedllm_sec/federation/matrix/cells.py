@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedllm_sec.config import Config, to_yaml
+from fedllm_sec.federation.curious import rehearse_looks
 from fedllm_sec.federation.experiment import environment, learner_of
 from fedllm_sec.federation.learner import Learner
 from fedllm_sec.federation.loop import Arm, prepare_arm
@@ -135,6 +136,7 @@ class CellRunner:
         alone = config.model_copy(update={"arms": {name: settings}})
         prepare_arm(folder, to_yaml(alone), here, learner)
         methods = build_methods(settings, config)
+        rehearse_looks(alone, {name: methods.attack}, learner)
         goals = self.goals(job.cell, config)
         if methods.attack is None:
             goals = measurable(goals, learner, folder.global_model(0))

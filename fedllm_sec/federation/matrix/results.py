@@ -11,7 +11,7 @@ from fedllm_sec.federation.matrix.cells import FAILED, Job
 from fedllm_sec.federation.matrix.settings import Cell, Matrix
 from fedllm_sec.federation.run_folder import ArmFolder
 from fedllm_sec.federation.shared import NOTE
-from fedllm_sec.reports.read import SUCCESS
+from fedllm_sec.reports.read import LEAKAGE, SUCCESS
 from fedllm_sec.updates.files import read_json
 
 LAST = 5  # rounds, of which the mean counts: one round alone is noise
@@ -79,13 +79,13 @@ def rows_of(folder: ArmFolder, config: Config) -> list[dict[str, Any]] | None:
 
 
 def last_rounds(rows: Sequence[Mapping[str, Any]], metric: str) -> dict[str, float | None]:
-    """The means over the last rounds of the metric, of success and of stealth, and the lifespan at the end.
+    """The means over the last rounds of the metric, of success, stealth and leakage, and the lifespan at the end.
 
-    Stealth is measured in rounds of an attack: its last ones count. None: the model diverged.
+    Stealth and leakage are measured in rounds of an attack: its last ones count. None: the model diverged.
     """
     trained = rows[1:]
     numbers = {key: mean_of([row[key] for row in trained[-LAST:]]) for key in (metric, SUCCESS) if key in rows[-1]}
-    for key in sorted({key for row in trained for key in row if key.startswith(STEALTH)}):
+    for key in sorted({key for row in trained for key in row if key.startswith((STEALTH, LEAKAGE))}):
         numbers[key] = mean_of([row[key] for row in trained if row.get(key) is not None][-LAST:])
     if LIFESPAN in rows[-1]:
         numbers[LIFESPAN] = rows[-1][LIFESPAN]
