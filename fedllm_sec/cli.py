@@ -1,4 +1,4 @@
-"""fedllm-sec: run, matrix, aggregate, attack, list, report, import-fedml.
+"""fedllm-sec: run, matrix, aggregate, attack, reconstruct, list, report, import-fedml.
 
 Machine output goes to stdout, progress and prose to stderr. Exit codes: 0 fine, 2 bad input or usage.
 """
@@ -178,6 +178,44 @@ def attack(
     else:
         console.print(attack_table(report))
         print(out)
+
+
+@app.command()
+def reconstruct(
+    client: Annotated[Path, typer.Argument(help="A client's PEFT adapter folder or .safetensors file.")],
+    reference: Annotated[Path, typer.Option("--global", help="The adapter that the client started from.")],
+    base: Annotated[str | None, typer.Option(help="The base model: a folder, a GGUF file or a hub id.")] = None,
+    method: Annotated[str, typer.Option(help="lora_tokens, span, revealing_labels: list attacks.")] = "lora_tokens",
+    parameter: Annotated[list[str] | None, typer.Option("-A", help="key=value of the method; repeat.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="The client's: sgd, adam, adamw; default: a guess.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="The client's; it matters for Adam.")] = None,
+    steps: Annotated[int | None, typer.Option(help="The client's optimizer steps.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="The client's.")] = 1,
+    weight_decay: Annotated[float, typer.Option(min=0, help="The client's; of sgd it is found if need be.")] = 0.0,
+    truth: Annotated[Path | None, typer.Option(help="The texts trained on (.txt, .json, .jsonl), to compare.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page for people here.")] = None,
+    memory: Annotated[str, typer.Option(help="For blocks, and for the vocabulary's vectors.")] = "1GiB",
+    seed: Annotated[int, typer.Option(help="Of what is drawn at random.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found for machines.")] = False,
+) -> None:
+    """Show what a client's adapter reveals of the texts that it was trained on, and how sure that is."""
+    from fedllm_sec.config import override_tree
+    from fedllm_sec.federation.offline_reconstruction import (
+        Told,
+        reconstruct_adapter,
+        reconstruction_table,
+        write_page,
+    )
+
+    how = Told(optimizer, learning_rate, steps, batch_size, weight_decay)
+    chosen = override_tree(parameter or [])
+    result = reconstruct_adapter(client, reference, base, method, chosen, how, truth=truth, memory=memory, seed=seed)
+    if html is not None:
+        write_page(result, html)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=2))
+    else:
+        Console().print(reconstruction_table(result))
 
 
 def parse_places(text: str) -> list[int]:

@@ -1,0 +1,237 @@
+"""The words of a training batch from what a low-rank adapter update changed in the first layer."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fedllm_sec.attacks.reconstruction.dictionary import Checkpoint, Dictionary, dictionary
+from fedllm_sec.attacks.reconstruction.families import Family, family_of
+from fedllm_sec.attacks.reconstruction.gradients import victim_of
+from fedllm_sec.attacks.reconstruction.lenses import ROUNDING
+from fedllm_sec.attacks.reconstruction.pursuit import Pick, Pursuit
+from fedllm_sec.attacks.reconstruction.reading import (
+    A,
+    B,
+    Module,
+    Sent,
+    bag_of,
+    from_a,
+    from_b,
+    from_weights,
+    readers,
+    readings,
+)
+from fedllm_sec.attacks.reconstruction.revealed import FoundToken, RevealedText
+from fedllm_sec.core import Attack, Threat
+from fedllm_sec.registry import attack
+from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.layout import Layout
+from fedllm_sec.updates.update_set import UpdateSet
+from fedllm_sec.victim import Victim
+
+Length = Annotated[int, Field(ge=1)]
+SURE = 1e-4  # of the rows' energy: so little left unexplained is rounding
+TOUCHED = 1e-8  # of the energy of the row of an embedding table that changed most
+
+
+@attack("lora_tokens", paper="this project; Davies and Eldar 2012, arXiv:1004.4529 (pursuit); DAGER, arXiv:2405.15586")
+def lora_tokens(*, length: Length | None = None) -> Attack:
+    """Recover the distinct tokens of a client's texts from the first layer of its adapter, at any rank.
+
+    What the first layer reads is frozen under LoRA, so every row by which training changed A (or a weight) is a
+    combination of the atoms of the tokens seen: a sparse one, which a rank-aware pursuit finds though the rank be far
+    below the number of tokens. Weight decay is found by least squares. One step of Adam is inverted by its epsilon,
+    several on the same data by an expectation-maximisation (`lenses`). Where A did not change, B is read: it tells as
+    long as there are fewer tokens than the rank. Where the embeddings were trained, the rows that changed are read.
+
+    The order of tokens is not told (see `span`), and a causal model's last token of each text is read by nobody.
+
+    Certificate: the share of the rows that the tokens account for, less what as many vectors would by chance. Certain:
+    nothing is left but rounding, and there are fewer atoms than half of the width and the rank: then no other
+    set of so few tokens explains the update.
+
+    Args:
+        length: of the longest text, in tokens, where it is known and the model adds positions; default: it is found.
+    """
+
+    def reconstruct_data(visible: UpdateSet, threat: Threat) -> list[RevealedText]:
+        base = base_of(threat, "lora_tokens")
+        sent = as_sent(visible, threat)
+        return [bag(sent, row, base, length) for row in range(len(visible))]
+
+    return Attack(reconstruct_data=reconstruct_data)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, as far as it is read.
+
+    Attributes:
+        checkpoint: its files.
+        family: where its first layer reads what.
+        atoms: all that it can read.
+        victim: how clients trained on it.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    atoms: Dictionary
+    victim: Victim
+
+
+class Found(NamedTuple):
+    """What a search gave.
+
+    Attributes:
+        picks: the surest first.
+        explained: the share of the rows.
+        atoms: vectors that were needed for it, those of positions among them.
+        rank: of what is read.
+        width: of it.
+        source: what was read, in a line.
+        length: positions found.
+    """
+
+    picks: Sequence[Pick]
+    explained: float
+    atoms: int
+    rank: int
+    width: int
+    source: str
+    length: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing but rounding is left."""
+        return self.explained > 1 - SURE
+
+    @property
+    def is_unique(self) -> bool:
+        """Whether no other set of so few atoms can explain as much."""
+        return 2 * self.atoms < self.width + self.rank
+
+
+def base_of(threat: Threat, method: str) -> Base:
+    """The base model of the threat's victim.
+
+    Raises:
+        InputError: if none is named, or it cannot be read.
+    """
+    victim = victim_of(threat, method)
+    if victim.base is None:
+        raise InputError(
+            f"{method} reads the first layer of a language model: give the victim its folder (Victim.base)"
+        )
+    checkpoint = Checkpoint(Path(victim.base))
+    family = family_of(checkpoint.config, checkpoint.folder)
+    return Base(checkpoint, family, dictionary(checkpoint, threat.reference.budget.memory), victim)
+
+
+def as_sent(visible: UpdateSet, threat: Threat) -> Sent:
+    """The rows in the space of factors, beside what the clients received."""
+    rows, reference = threat.as_sent(visible), threat.reference
+    if reference.layout.pairs:
+        assert threat.received is not None
+        reference = threat.received(threat.round.index)
+    return Sent(rows, 0, replace(threat, reference=reference))
+
+
+def bag(sent: Sent, row: int, base: Base, length: int | None) -> RevealedText:
+    """What one client's update reveals."""
+    began = time.perf_counter()
+    here = Sent(sent.rows, row, sent.threat)
+    found = trained_rows(here, base) or searched(here, base, length)
+    whole, lone = found.is_whole, found.is_unique
+    left = "nothing is left but rounding" if whole else f"{1 - found.explained:.0%} of it is not accounted for"
+    only = "" if lone else "; other sets as large might explain as much"
+    return RevealedText(
+        client=sent.rows.clients[row],
+        method="lora_tokens",
+        certificate=found.explained,
+        certain=whole and lone,
+        why=f"{found.source}: {left}{only}" if found.picks else f"{found.source}: nothing stands out",
+        seconds=time.perf_counter() - began,
+        tokens=tuple(tokens_of(found.picks)),
+        sentences=(),
+        rank=found.rank,
+    )
+
+
+def tokens_of(picks: Sequence[Pick]) -> Iterator[FoundToken]:
+    """With weights relative to the heaviest."""
+    most = max((pick.weight for pick in picks), default=1.0)
+    for pick in picks:
+        yield FoundToken(pick.token, min(pick.score, 1.0), pick.weight / most)
+
+
+def searched(sent: Sent, base: Base, length: int | None) -> Found:
+    """Read A or the weights; where those did not change, B.
+
+    Raises:
+        InputError: if the update has nothing of the first layer's readers.
+    """
+    modules = from_a(sent, base.family, "lora_tokens") + from_weights(
+        sent, base.family, base.atoms.width, "lora_tokens"
+    )
+    if modules:
+        return best_reading(modules, base.atoms, base.victim, length)
+    through = from_b(sent, base.family, "lora_tokens")
+    if through:
+        tries = [best_reading([module], base.atoms.through(matrix), base.victim, length) for module, matrix in through]
+        return max(tries, key=lambda found: found.explained)._replace(source="A did not change; B of the first layer")
+    if not readers(sent.rows, base.family, [A, B, ".weight"]):
+        raise InputError(
+            f"lora_tokens: {sent.rows.clients[sent.row]} trains nothing that reads the first layer's input "
+            f"({base.family.readers}); only that tells tokens"
+        )
+    return Found((), 0.0, 0, 0, base.atoms.width, "the first layer's readers did not change", 0)
+
+
+def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, length: int | None) -> Found:
+    """Try the ways to read the rows until one leaves nothing, or take the one that leaves least."""
+    best: Found | None = None
+    for lens, units in readings(modules, atoms, victim):
+        pursuit = Pursuit(lens, units, length or 0)
+        picks = pursuit.run()
+        rank = int(torch.linalg.matrix_rank(lens.evidence, rtol=3 * lens.floor))
+        used, source = pursuit.basis.shape[1], bag_of(modules, atoms)
+        found = Found(picks, pursuit.explained, used, rank, atoms.width, source, pursuit.length)
+        best = max(best or found, found, key=lambda each: each.explained)
+        if found.is_whole:
+            break
+    assert best is not None
+    return best
+
+
+def trained_rows(sent: Sent, base: Base) -> Found | None:
+    """The tokens whose embeddings changed; None where embeddings were not trained, or all changed (a tied head)."""
+    named = [name for name in sent.rows.layout.sizes if name.endswith(f".{base.family.words}")]
+    if not named:
+        return None
+    energy = changed(sent, named[0], base.atoms.width, base.victim)
+    touched = (energy > TOUCHED * energy.max()).nonzero().flatten().tolist()
+    if not touched or 2 * len(touched) > len(energy):
+        return None
+    picks = [Pick(token, 1.0, float(energy[token]) ** 0.5) for token in touched]
+    picks.sort(key=lambda pick: pick.weight, reverse=True)
+    return Found(picks, 1.0, 0, len(touched), base.atoms.width, "rows of the trained embeddings that changed", 0)
+
+
+def changed(sent: Sent, name: str, width: int, victim: Victim) -> Tensor:
+    """(V,) float64: by how much each row of a table changed, squared, besides weight decay; one streamed pass."""
+    part = Layout(((name, dict(sent.rows.layout.shapes)[name]),))
+    energy = torch.zeros(part.columns // width, dtype=torch.float64)
+    decayed = 1 - (1 - victim.learning_rate * victim.weight_decay) ** victim.steps
+    both = sent.rows.rows([sent.row]).concat(sent.threat.reference)
+    for span, (change, base) in both.blocks(part):
+        decay = decayed * base.double()
+        values = change.double() + decay
+        values[values.abs() < ROUNDING * base.double().abs()] = 0
+        energy.index_add_(0, torch.arange(span.start, span.stop) // width, values.square().cpu())
+    return energy
