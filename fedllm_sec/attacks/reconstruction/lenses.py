@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 2.0**-24  # of a float32, relative
+STEADY = 3e-4  # of a gradient: no closer is its change known from step to step, for the rounding of what moves
 
 
 class Exact:
@@ -143,7 +144,7 @@ class Adam:
         h = self.unit * self.offset - self.slope * self.rows
         self.mean_h = within(h, basis)
         self.tau_g = deviation(self.rows - self.mean_g, self.variance, freedom)
-        self.tau_h = deviation(h - self.mean_h, self.slope**2 * self.variance, freedom)
+        self.tau_h = deviation(h - self.mean_h, self.slope**2 * self.variance, freedom).clamp(min=STEADY)
 
     @property
     def evidence(self) -> Tensor:

@@ -11,6 +11,7 @@ from fedllm_sec.updates.update_set import UpdateSet
 Optimizer = Literal["sgd", "adam", "adamw"]
 FLAT = 2.0  # a fourth moment over the squared second: 1 if all move alike, 3 for normal ones, more for gradients
 SAMPLED = 2**22  # coordinates that are looked at
+NEAR = 5e-3  # of a round number
 MANY = 5  # steps that are taken for granted where more than one was made and nobody says how many
 
 
@@ -58,7 +59,17 @@ def guesses(updates: UpdateSet, optimizer: str | None, rate: float | None, steps
     total = commonest(moves)
     possible = [steps] if steps else [max(1, round(total / rate))] if rate else [1, MANY]
     told = told and rate is not None and steps is not None
-    return [Guess(known, rate or total / number, number, told) for number in possible]
+    return [Guess(known, rate or likely_rate(moves, total, number), number, told) for number in possible]
+
+
+def likely_rate(moves: Tensor, total: float, steps: int) -> float:
+    """The learning rate, of which people choose round ones: one of two digits, where that is near enough.
+
+    In one step nothing moves by more than the rate, and what has a large gradient by hardly less.
+    """
+    found = float(moves.max()) if steps == 1 else total / steps
+    rounded = float(f"{found:.1e}")
+    return rounded if abs(rounded / found - 1) < NEAR and (steps > 1 or rounded >= found) else found
 
 
 def sample(updates: UpdateSet) -> Tensor:

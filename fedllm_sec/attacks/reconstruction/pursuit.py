@@ -26,6 +26,7 @@ WINDOW = 16  # positions behind the last one known that a text may reach
 SPANNED = 1e-4  # of an atom's squared length: so little left of it is rounding
 SPAN = 1e-5  # a deficit that is none: the atom lies in what is left, and so do others that do
 TOGETHER = 64
+HALF = 0.5  # of the width: an estimate can be made of so many atoms whatever it is
 NOTHING = 1e-10  # of the rows' energy
 ROUNDS = 4  # of pruning and searching again
 
@@ -141,7 +142,9 @@ class Pursuit:
         """Take the nearest atom; say whether that is more than chance, None where there is nothing left to explain."""
         directions = self.directions()
         taken = self.basis.shape[1]
-        if not directions.shape[1] or taken + directions.shape[1] >= self.atoms.width:
+        if not directions.shape[1] or taken + directions.shape[1] >= self.atoms.width * (
+            1 if self.lens.exact else HALF
+        ):
             return None
         tokens, positions = self.deficits(directions)
         if self.lens.exact and len(spanned := (tokens < SPAN).nonzero().flatten()[:TOGETHER].tolist()) > 1:

@@ -22,6 +22,7 @@ from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.update_set import UpdateSet
 from fedllm_sec.victim import Victim
 
+OUTLYING = 8.0  # times the median of a row, of which normal values have none in 10^7
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -129,10 +130,17 @@ def readings(modules: Sequence[Module], atoms: Dictionary, victim: Victim) -> It
         yield Adam(torch.cat(changes), spread, victim.learning_rate * victim.steps, victim.steps), even
         return
     rate = victim.learning_rate
-    rows = [first_step(change, base, rate) for change, base in zip(changes, known, strict=True)]
+    rows = [held(first_step(each, base, rate), spread) for each, base in zip(changes, known, strict=True)]
     noise = max(float(ROUNDING * base.abs().mean() / rate) for base in known)
     yield exact(rows, known, spread, noise=noise), even
     yield Exact(rows, known, noise=noise), atoms
+
+
+def held(rows: Tensor, spread: Tensor) -> Tensor:
+    """Rows without values that no gradient has, such as a learning rate that is a little off makes: they hide all."""
+    usual = rows / spread
+    most = OUTLYING * usual.abs().median(dim=1, keepdim=True).values
+    return usual.clamp(-most, most) * spread
 
 
 def exact(rows: Sequence[Tensor], known: Sequence[Tensor], spread: Tensor, **how: Any) -> Exact:
