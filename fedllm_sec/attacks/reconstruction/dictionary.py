@@ -188,7 +188,7 @@ def dictionary(checkpoint: Checkpoint, memory: int) -> Dictionary:
     added = family.positions is not None
 
     def atoms(start: int, stop: int) -> Tensor:
-        words = checkpoint.read(family.words, start, stop)
+        words = checkpoint.read(family.words, start, stop) * (len(weight) ** 0.5 if family.grown else 1.0)
         return centred(words, weight) if added else normed(words, weight, bias, family, checkpoint.config)
 
     tables = [centred(checkpoint.read(name), weight) for name in (family.positions, family.types) if name]

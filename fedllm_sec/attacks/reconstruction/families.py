@@ -24,6 +24,7 @@ class Family:
         types: segment embeddings that are added as well.
         kind: LayerNorm, or RMSNorm.
         shift: what is added to RMSNorm's weight (Gemma: 1).
+        grown: whether embeddings are multiplied by the root of their width first (Gemma).
         eps: the configuration's field with the norm's epsilon, or its value.
         skipped: positions that are never used, at the start of the table.
         causal: whether a token sees those before it only; then nobody reads the last one.
@@ -38,6 +39,7 @@ class Family:
     types: str | None = None
     kind: Literal["layer", "rms"] = "layer"
     shift: float = 0.0
+    grown: bool = False
     eps: str | float = 1e-5
     skipped: int = 0
     causal: bool = True
@@ -90,7 +92,7 @@ LLAMA = Family(
     kind="rms",
     eps="rms_norm_eps",
 )
-GEMMA = Family(**{**vars(LLAMA), "shift": 1.0})
+GEMMA = Family(**{**vars(LLAMA), "shift": 1.0, "grown": True})
 FAMILIES: Mapping[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,

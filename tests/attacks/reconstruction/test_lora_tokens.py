@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
 
 from fedllm_sec import InputError
 from fedllm_sec.attacks.reconstruction.dictionary import Checkpoint, dictionary
 from fedllm_sec.attacks.reconstruction.families import FAMILIES, family_of
 from tests.attacks.reconstruction.clients import (
     TINY,
+    VOCABULARY,
     Sent,
     adapted,
     look,
@@ -32,30 +34,44 @@ def bases(tmp_path_factory):
     return {kind: tiny_base(kind, folder / kind) for kind in KINDS}
 
 
+def model_of(kind):
+    """A small random model of any family, and dropout off."""
+    if kind in TINY:
+        return TINY[kind]()
+    names = {"distilbert": {"dim": 64, "hidden_dim": 64, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64}}
+    usual = {"hidden_size": 64, "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 1}
+    usual |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    shape = names.get(kind, usual)
+    return AutoModel.from_config(AutoConfig.for_model(kind, vocab_size=VOCABULARY, **shape))
+
+
 def inputs_of(kind, base, ids):
     """What the first layer's reader is given, as the model itself computes it: (length, d)."""
-    model = TINY[kind]()
+    model = model_of(kind)
     model.load_state_dict(load_file(base / "model.safetensors"), strict=False)
     model.tie_weights()
     model.eval()
     caught = []
-    (reader,) = [
-        module
-        for name, module in model.named_modules()
-        if FAMILIES[kind].reads(name) and name.endswith(("query", "c_attn", "query_key_value", "q_proj"))
-    ]
+    reader = next(module for name, module in model.named_modules() if FAMILIES[kind].reads(name))
     reader.register_forward_pre_hook(lambda module, given: caught.append(given[0][0]))
     with torch.no_grad():
         model(input_ids=torch.tensor([ids]))
     return caught[0].double()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_atoms_are_what_the_model_itself_gives_its_first_layer(kind, bases):
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_atoms_are_what_the_model_itself_gives_its_first_layer(kind, tmp_path):
     """Where positions are added, inputs are combinations of the atoms of token, position, segment and bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = model_of(kind)
+        for value in model.parameters():
+            value.data += 0.1 * torch.randn(value.shape)  # norms and biases start at one and zero
+    model.save_pretrained(tmp_path)
     ids = [7, 1999, 12, 5, 300]
-    seen = inputs_of(kind, bases[kind], ids)
-    atoms = dictionary(Checkpoint(bases[kind]), 2**20)
+    seen = inputs_of(kind, tmp_path, ids)
+    atoms = dictionary(Checkpoint(tmp_path), 2**20)
+    assert atoms.size == VOCABULARY
     if not len(atoms.positions):
         assert atoms.atoms(ids).numpy() == pytest.approx(seen.numpy(), abs=1e-5)
         return
