@@ -1,4 +1,4 @@
-"""Attacks: model poisoning and data poisoning."""
+"""Attacks: model poisoning, data poisoning, and what updates reveal of the data (reconstruction)."""
 
 from fedllm_sec.attacks import adaptive as adaptive
 from fedllm_sec.attacks import alie as alie
@@ -14,3 +14,4 @@ from fedllm_sec.attacks import lazy_worker as lazy_worker
 from fedllm_sec.attacks import model_replacement as model_replacement
 from fedllm_sec.attacks import neurotoxin as neurotoxin
 from fedllm_sec.attacks import optimised as optimised
+from fedllm_sec.attacks import reconstruction as reconstruction
