@@ -171,16 +171,18 @@ def judge_text(revealed: RevealedText, truth: Sequence[Sequence[int]]) -> dict[s
         truth: token ids of each text, as far as they can be seen (`visible_prefix`).
 
     Returns:
-        `token_recall` and `token_precision` of distinct tokens. Of sentences, one text for each, so that the sum is
-        greatest, and then divided by the larger number of both (a text that is missing counts as 0, and so does a
-        sentence too many): `rouge_1`, `rouge_2`, `rouge_l` (F1; Lin 2004, ROUGE), `exact`, and `prefix`: the share of a
-        text that its sentence has right from the beginning to the first error. All are from 0 to 1.
+        `token_recall` and `token_precision` of distinct tokens. Of sentences, where any were found, one text for each,
+        so that the sum is greatest, and then divided by the larger number of both (a text that is missing counts as 0,
+        and so does a sentence too many): `rouge_1`, `rouge_2`, `rouge_l` (F1; Lin 2004, ROUGE), `exact`, and `prefix`:
+        the share of a text that its sentence has right from the beginning to the first error. All are from 0 to 1.
     """
     bag, true = {token.id for token in revealed.tokens}, {token for text in truth for token in text}
     measured = {
         "token_recall": share(len(bag & true), len(true), len(bag)),
         "token_precision": share(len(bag & true), len(bag), len(true)),
     }
+    if not revealed.sentences:  # nothing is claimed of their order
+        return measured
     rouge = rouge_scores()
     measures = [*ROUGE, "exact", "prefix"]
     table = np.zeros((len(measures), len(truth), len(revealed.sentences)))

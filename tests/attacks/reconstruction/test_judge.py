@@ -251,7 +251,7 @@ def naive_best(truth, sentences, measure):
     return max(sums) / long
 
 
-@given(texts, st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6).map(tuple), max_size=4))
+@given(texts, st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=6).map(tuple), min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
 def test_sentences_are_scored_as_a_naive_judge_does(truth, sentences):
     measured = judge_text(text((), sentences), truth)
@@ -275,18 +275,10 @@ def test_text_by_hand():
     )
 
 
-def test_a_bag_without_order_has_no_sentences_and_a_sentence_too_many_costs():
+def test_a_bag_claims_no_order_and_a_sentence_too_many_costs():
     truth = [(1, 2, 3)]
     bag = judge_text(text([1, 2, 3]), truth)
-    assert bag == {
-        "token_recall": 1,
-        "token_precision": 1,
-        "rouge_1": 0,
-        "rouge_2": 0,
-        "rouge_l": 0,
-        "exact": 0,
-        "prefix": 0,
-    }
+    assert bag == {"token_recall": 1, "token_precision": 1}
     assert judge_text(text([1, 2, 3], [(1, 2, 3), (7, 8)]), truth)["rouge_l"] == 0.5
     assert judge_text(text([1, 2, 3], [(1, 2, 3)]), [*truth, (7, 8)])["exact"] == 0.5
 
