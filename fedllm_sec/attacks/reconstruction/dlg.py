@@ -49,7 +49,7 @@ def dlg(
     min over x and y of |grad(x, softmax y) - g|², from x and y of N(0, 1) (the paper's algorithm 1). Smooth models and
     few examples: with ReLU, or where weights are small, it often goes astray, and `inverting_gradients` does better.
 
-    Departures: L-BFGS has a line search (strong Wolfe), without which it ran off from two of six starts in our trial;
+    Departures: L-BFGS has a line search (strong Wolfe), without which it ran off from three of six starts in our trial;
     it ends early, once it is exact or comes no nearer; the best of some restarts is kept. Of several examples all are
     moved at once, where the paper turns to one after another: their order is arbitrary, and nothing guarantees that
     they are found; the certificate tells.

@@ -73,8 +73,9 @@ def inverting_gradients(
     It costs `steps` times as much.
 
     Certificate: 1 - the sine of the angle between the two gradients, which does not depend on their lengths: clipping
-    does no harm. `certain` from 0.99, if there are no more pixels than numbers in g. In our trials on small networks it
-    went with 25 dB and more, and 0.98 with 20 dB. It tells that these images explain the update, not that no others do.
+    does no harm. `certain` from 0.99, if there are no more pixels than numbers in g. On the small network of our tests
+    0.99 went with 15 to 22 dB, 0.996 with 26 and more, 0.999 with 35. It tells that these images explain the update,
+    not that no others do.
 
     Args:
         iterations: of Adam.

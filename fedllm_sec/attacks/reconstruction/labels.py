@@ -27,7 +27,7 @@ from fedllm_sec.victim import Victim
 
 METHOD = "revealing_labels"
 SOUND = 0.7  # of C; of a higher rank, absent classes were found too
-TRUSTED = 0.5  # a certificate from which the method vouches
+TRUSTED = 0.6  # a certificate from which the method vouches
 MOST = 20_000  # classes; what has more is a vocabulary
 
 
@@ -207,13 +207,16 @@ def doubt_about(space: Space, found: int, examples: int) -> str | None:
 
 
 def contradicted(head: Head, found: set[int]) -> str | None:
-    """A class whose own row does not bear out that it is there, or is not; None if there is none.
+    """A class whose own row does not bear out that it is there; None if there is none.
 
     Its bias has a negative gradient where its examples are more than the model expects, as they are of a head that does
-    not know them yet. Without a bias the row's part along the sum of absent rows stands for it, for those are multiples
-    of mean features.
+    not know them yet. Without a bias the row's part along the sum of the absent rows stands for it, which are multiples
+    of mean features: less than half of what an absent row has on average (of an untrained head 1 - C / n of it).
     """
-    absent = [c for c in range(len(head.weight)) if c not in found]
-    slopes = head.weight @ head.weight[absent].sum(dim=0) if head.bias is None else head.bias
-    wrong = [c for c, slope in enumerate(slopes.tolist()) if (slope < 0) != (c in found)]
-    return f"the sign of class {wrong[0]} speaks against it" if wrong else None
+    slopes, most = head.bias, 0.0
+    if slopes is None:
+        absent = [c for c in range(len(head.weight)) if c not in found]
+        slopes = head.weight @ head.weight[absent].sum(dim=0)
+        most = float(slopes[absent].mean()) / 2
+    wrong = [c for c in sorted(found) if float(slopes[c]) >= most]
+    return f"the row of class {wrong[0]} speaks against it" if wrong else None

@@ -29,8 +29,7 @@ def client(seed, n=1):
     return lenet(seed), smooth_images(n, 1, 16, 100 + seed), labels
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("label", ["joint", "idlg"])
+@pytest.mark.parametrize(("seed", "label"), [(0, "joint"), (1, "joint"), (2, "joint"), (0, "idlg")])
 def test_a_gradient_gives_its_image_away(seed, label):
     net, x, y = client(seed)
     found = looked("dlg", net, gradient_row(net, x, y), victim_on(net, SHAPE), label=label)

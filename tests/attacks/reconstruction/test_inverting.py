@@ -55,9 +55,10 @@ def test_less_smoothing_is_sharper():
 
 
 @pytest.mark.parametrize(
-    "known", [{"learning_rate": 0.01}, {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.1}]
+    ("known", "clip"),
+    [({"learning_rate": 0.01}, None), ({"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.1}, 0.5)],
+    ids=["small", "decayed and clipped"],
 )
-@pytest.mark.parametrize("clip", [None, 0.5], ids=str)
 def test_one_step_of_the_real_trainer_gives_it_away_too(known, clip):
     net, x, y = client(1)
     victim = victim_on(net, SHAPE, **known)

@@ -120,8 +120,6 @@ def check_language_model(base, kind, batch, r, shared_data, tmp_path):
     """Everything from SGD, with weight decay that nobody told of; of five steps of AdamW the most part."""
     texts = tokens(base, questions(shared_data, batch, words=12))
     sent = lora_client(tmp_path / "sgd", base, texts, kind=kind, r=r)
-    recall, precision, found = seen_by(sent, {})
-    assert (recall, precision) == (1.0, 1.0)
+    assert seen_by(sent, {})[:2] == (1.0, 1.0)
     decayed = lora_client(tmp_path / "decay", base, texts, kind=kind, r=r, steps=5, decay=0.01)
-    recall, precision, found = seen_by(decayed, {"steps": 5})
-    assert (recall, precision) == (1.0, 1.0)
+    assert seen_by(decayed, {"steps": 5})[:2] == (1.0, 1.0)
