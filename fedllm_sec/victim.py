@@ -21,6 +21,7 @@ class Victim:
         optimizer: the local one.
         weight_decay: the local one's.
         momentum: of sgd.
+        max_grad_norm: the length to which gradients are clipped; None: they are not.
         model: the architecture of a small model; the weights that it holds are not looked at.
         buffers: of the small model, as clients received them; they are no part of an update.
         shape: of one of its inputs, as the model takes it.
@@ -37,6 +38,7 @@ class Victim:
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     weight_decay: float = 0.0
     momentum: float = 0.0
+    max_grad_norm: float | None = None
     model: nn.Module | None = None
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     shape: tuple[int, ...] = ()

@@ -165,7 +165,9 @@ class AdapterLearner:
             optimizer=training.optimizer,
             weight_decay=training.weight_decay,
             momentum=training.momentum if training.optimizer == "sgd" else 0.0,
+            max_grad_norm=training.max_grad_norm,
             base=base_folder(self.base),
+            adapter=self.base.adapter_config(),
         )
 
     def truth(self, folder: ArmFolder, round: Round, client: int) -> Truth:

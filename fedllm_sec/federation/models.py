@@ -195,6 +195,7 @@ class ModelLearner:
             optimizer=settings.optimizer,
             weight_decay=settings.weight_decay,
             momentum=settings.momentum if settings.optimizer == "sgd" else 0.0,
+            max_grad_norm=settings.max_grad_norm,
             model=model.train(),
             buffers={name: value for name, value in state.items() if name not in self.parameters},
             shape=tuple(self.prepare(self.pool.x[:1]).shape[1:]),

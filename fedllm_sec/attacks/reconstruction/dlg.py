@@ -58,7 +58,7 @@ def dlg(
 
     Certificate: 1 - |g' - g| / |g|, g' being the gradient of what was found. `certain` from 0.99, if there are no more
     pixels than numbers in g. It tells that these examples explain the update, not that no others do. Of clients that
-    clip their gradients it is low unless `max_grad_norm` is told.
+    clip their gradients it is low unless that is told.
 
     Args:
         iterations: steps of the search, of 20 L-BFGS iterations each, as in the authors' code.
@@ -67,8 +67,8 @@ def dlg(
             example, a count for several (see `counts`).
         examples: how many different ones a client has; None: see `gradients.examples_of`.
         unroll: False: an update of several local steps is taken for one step on all examples.
-        max_grad_norm: the length to which clients clip their gradients, if they do: what is found is then compared as
-            clipped.
+        max_grad_norm: the length to which clients clip their gradients; None: what the victim says. What is found is
+            compared as clipped.
 
     Raises:
         InputError: if the threat does not tell how clients train and with what model, no gradient can be read from

@@ -87,8 +87,8 @@ def inverting_gradients(
             labels of each client, by its name.
         examples: how many different ones a client has; None: see `gradients.examples_of`.
         unroll: False: an update of several local steps is taken for one step on all examples.
-        max_grad_norm: the length to which clients clip their gradients, if they do; of one step only the direction
-            counts, and it makes no difference.
+        max_grad_norm: the length to which clients clip their gradients; None: what the victim says. Of one step only
+            the direction counts, and it makes no difference.
 
     Raises:
         InputError: if the threat does not tell how clients train and with what model, no gradient can be read from

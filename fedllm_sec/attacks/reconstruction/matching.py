@@ -112,7 +112,7 @@ def targets(
         method: for messages.
         examples: of each client; None: see `gradients.examples_of`.
         unroll: differentiate through the local steps; otherwise an update is taken for one step on all examples.
-        max_grad_norm: to which clients clip their gradients.
+        max_grad_norm: to which clients clip their gradients; None: what the victim says.
 
     Raises:
         InputError: for a victim that is missing, or not like these updates.
@@ -121,7 +121,7 @@ def targets(
     check_linear(victim, method)
     names = [name for name, _ in model_of(victim, visible.layout, method).named_parameters()]
     weights = received_weights(threat, visible, names, method)
-    steps = local_steps(visible, victim, weights, max_grad_norm, method)
+    steps = local_steps(visible, victim, weights, max_grad_norm or victim.max_grad_norm, method)
     if not unroll and victim.steps > 1:
         steps = steps.as_one_step()
     return [
