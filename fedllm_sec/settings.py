@@ -47,6 +47,7 @@ class LoraSettings(Strict):
     alpha: Count = 16
     dropout: Fraction = 0.05
     target_modules: tuple[str, ...] | None = None  # None: PEFT's choice for the architecture
+    freeze_a: bool = False  # train B only, A stays as it was drawn: FFA-LoRA (Sun et al. 2024, arXiv:2403.12313)
 
 
 class ModelSettings(Strict):

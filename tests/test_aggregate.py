@@ -73,7 +73,7 @@ def round_trip(fedllm_sec, adapters, tmp_path):  # noqa: F811
 
 def test_every_defense_and_its_decision_is_known_here():
     assert SAYS.keys() == set(SERVER_SIDE)
-    assert CLIENT_SIDE == ["fl_wbc", "soteria"]
+    assert CLIENT_SIDE == ["fl_wbc", "soteria", "top_k", "update_noise"]
 
 
 @pytest.mark.parametrize("space", ["factors", "product"])

@@ -102,7 +102,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers():
     [
         ("seeed=1", "seeed: unknown field; did you mean 'seed'"),
         ("federation.round=1", "federation.round: unknown field; did you mean 'rounds'"),
-        ("model.lora.rank=1", "model.lora.rank: unknown field; known: alpha, dropout, r, target_modules"),
+        ("model.lora.rank=1", "model.lora.rank: unknown field; known: alpha, dropout, freeze_a, r, target_modules"),
         ("arms.defended.defence=1", "arms.defended.defence: unknown field; did you mean 'defenses'"),
         ("training.batch_size=0", "training.batch_size: Input should be greater than or equal to 1"),
         ("arms.report={}", "cannot be called 'report'"),

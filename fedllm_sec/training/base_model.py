@@ -31,7 +31,7 @@ class BaseModel:
     Attributes:
         model: the `PeftModel`.
         tokenizer: its tokenizer; it has a padding token.
-        parameters: the adapter's parameters by their names in an adapter file.
+        parameters: the adapter's parameters by their names in an adapter file, those that are frozen among them.
         description: what was loaded, for people.
         launch: keeps alive what tells transformers how this launch shards models; None where it does not.
     """
@@ -102,10 +102,12 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
         model.to("cuda")
     weights = sharded.count_weights(model)
     adapted = with_adapter(model, settings, seed)
-    trained = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+    parameters = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
+    if settings.lora.freeze_a:
+        freeze_a(parameters)
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
     description = f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})"
-    return BaseModel(adapted, tokenizer, trained, description, launch)
+    return BaseModel(adapted, tokenizer, parameters, description, launch)
 
 
 def first_line(error: Exception) -> str:
@@ -228,6 +230,13 @@ def with_adapter(model: Any, settings: ModelSettings, seed: int) -> Any:
             return get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
+
+
+def freeze_a(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Let no gradient reach the factors A: a client sends them as it received them (FFA-LoRA, arXiv:2403.12313)."""
+    for name, parameter in parameters.items():
+        if ".lora_A." in name or ".lora_embedding_A" in name:
+            parameter.requires_grad_(False)
 
 
 def peft_key(parameter: str) -> str:

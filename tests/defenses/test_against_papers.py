@@ -242,7 +242,7 @@ def test_what_the_server_must_know_is_asked_for(name, parameters, missing):
         run(name, parameters, np.ones((5, 6)))
 
 
-@pytest.mark.parametrize("name", ["fl_wbc", "soteria"])
+@pytest.mark.parametrize("name", ["fl_wbc", "soteria", "top_k", "update_noise"])
 def test_defenses_of_the_client_are_no_aggregation(name):
     with pytest.raises(InputError, match="while a client trains"):
         run(name, {}, np.ones((5, 6)))

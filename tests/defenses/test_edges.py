@@ -159,7 +159,7 @@ def test_what_a_method_needs_to_know_is_asked_for(name, known):
         one(name, honest(0, 11), **{known: None})
 
 
-@pytest.mark.parametrize("name", ["fl_wbc", "soteria"])
+@pytest.mark.parametrize("name", ["fl_wbc", "soteria", "top_k", "update_noise"])
 def test_client_side_methods_do_not_pass_for_a_defense_of_the_server(name):
     with pytest.raises(InputError, match="client"):
         outcome([(name, {})], honest(0, 11))

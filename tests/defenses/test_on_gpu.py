@@ -11,7 +11,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-NAMES = [entry.name for entry in defense if entry.name not in ("fl_wbc", "soteria")]
+NAMES = [entry.name for entry in defense if entry.name not in ("fl_wbc", "soteria", "top_k", "update_noise")]
 SHAPES = {"x.lora_A.weight": (4, 300), "x.lora_B.weight": (200, 4), "head": (70_001,)}
 
 

@@ -49,6 +49,39 @@ def test_only_the_adapter_is_trained(base, rows):
     assert len(frozen) > len(base.parameters)
 
 
+def test_with_a_frozen_only_b_is_trained_and_a_stays_in_the_adapter(small, base, rows):
+    """FFA-LoRA: what is sent of A is to the bit what was received, so that its update is zero."""
+    path = small[0].partition("=")[2]
+    ffa = load_base(ModelSettings(path=path, lora=LoraSettings(freeze_a=True)), path, seed=0)
+    received = ffa.adapter()
+    assert received.keys() == base.adapter().keys()
+    assert {parameter.requires_grad for name, parameter in ffa.parameters.items() if "lora_A" in name} == {False}
+    result = turn(ffa, rows[0], received, steps=12, weight_decay=0.1)
+    for name, value in result.adapter.items():
+        assert torch.equal(value, received[name]) == ("lora_A" in name), name
+    assert sum("lora_A" in name for name in received) == len(received) / 2
+    again = turn(ffa, rows[0], result.adapter, steps=12)
+    assert again.loss < result.loss - 0.05  # it learns all the same
+
+
+def test_an_adapter_with_a_frozen_loads_in_peft(small, rows, tmp_path):
+    import json
+
+    from peft import PeftModel
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    path = small[0].partition("=")[2]
+    ffa = load_base(ModelSettings(path=path, lora=LoraSettings(freeze_a=True)), path, seed=0)
+    sent = turn(ffa, rows[0], ffa.adapter()).adapter
+    save_file(sent, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ffa.adapter_config()))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path)
+    there = {name.replace(".default", ""): value for name, value in loaded.named_parameters() if "lora_" in name}
+    assert there.keys() == sent.keys()
+    assert all(torch.equal(there[name], sent[name]) for name in sent)
+
+
 def test_without_learning_rate_nothing_moves(base, rows):
     received = {name: torch.randn_like(tensor) for name, tensor in base.adapter().items()}
     result = turn(base, rows[0], received, learning_rate=1e-30)

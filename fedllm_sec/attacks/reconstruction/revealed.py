@@ -78,8 +78,11 @@ class RevealedText(Revealed):
         tokens: distinct ones, the surest first.
         sentences: token ids of whole texts; none where only the bag of tokens can be told.
         rank: of what the update tells about the first layer's inputs: so many directions.
+        sentence_scores: of each sentence, the share of a hidden state that the update accounts for, the least of all
+            its states; 1: all.
     """
 
     tokens: tuple[FoundToken, ...]
     sentences: tuple[tuple[int, ...], ...]
     rank: int
+    sentence_scores: tuple[float, ...] = ()

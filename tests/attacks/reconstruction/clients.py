@@ -127,7 +127,7 @@ def look(sent, name="lora_tokens", parameters=None, memory="256MiB", **victim):
     weights = open_updates([sent.reference], memory=memory)
     config = sent.reference / "adapter_config.json"
     known = Victim(
-        base=sent.base, adapter=json.loads(config.read_text()) if config.exists() else None, **{"steps": 1, **victim}
+        base=sent.base, **{"steps": 1, "adapter": json.loads(config.read_text()) if config.exists() else None, **victim}
     )
     threat = Threat(Round(), (), (0,), weights, "all", 1, victim=known)
     (found,) = attack.build(name, parameters or {}).reconstruct_data(rows, threat)

@@ -1,0 +1,1 @@
+"""What `scripts/measure_leakage.py` is made of."""
