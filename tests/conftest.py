@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from rich.logging import RichHandler
 from safetensors.torch import save_file
 
 from fedllm_sec import stack_updates
 from fedllm_sec.updates import UpdateSet
+
+settings.register_profile("patient", deadline=None)  # a busy machine is no fault of what is tested
+settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PREFIX = "base_model.model.model.layers.0.attention.query_key_value"
