@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+STRETCH = 6  # the power of the accuracy to which its axis is linear: most points lie near the top
 Rows = Mapping[str, Mapping[str, Any]]
 GROUPS = {
     "sgd": "one SGD step",
@@ -65,44 +66,59 @@ def percent(values: Sequence[float]) -> str:
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Recall against accuracy, a point for each defense and optimizer."""
+    """Recall against accuracy, a numbered point for each defense, a panel for each optimizer."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    words = {name: row for name, row in rows.items() if "leaks" in row and row["accuracy"]}
+    words = [row for row in rows.values() if "leaks" in row and row["accuracy"]]
     if not words:
         return
-    figure, axes = pyplot.subplots(1, 2, figsize=(15, 7), sharex=True, sharey=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(14, 8), sharex=True)
     for axis, group in zip(axes, ("sgd", "adamw"), strict=True):
-        points = []
-        for row in words.values():
-            recall = statistics.mean(leak["recall"] for leak in row["leaks"][group])
-            points.append((100 * recall, 100 * statistics.mean(row["accuracy"]), row["label"]))
-        axis.scatter([x for x, _, _ in points], [y for _, y, _ in points], color="#1f4e79", zorder=3)
-        label(axis, points)
+        points = [
+            (100 * mean_of(row["leaks"][group], "recall"), 100 * statistics.mean(row["accuracy"]), str(number))
+            for number, row in enumerate(words, 1)
+            if group != "sgd" or "the update's rms" not in row["label"]
+        ]
+        axis.scatter([x for x, _, _ in points], [y for _, y, _ in points], s=24, color="#1f4e79", zorder=3)
+        numbered(axis, points)
         axis.set_title(f"words read from {GROUPS[group]}")
         axis.set_xlabel("distinct tokens recovered, % (mean of the batches)")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy of the federation, %")
-    figure.tight_layout()
+    axes[0].set_ylabel("test accuracy of the federation, % (mean of the seeds)")
+    legend = "\n".join(f"{number:>2}  {row['label']}" for number, row in enumerate(words, 1))
+    figure.text(0.74, 0.93, legend, va="top", fontsize=10, linespacing=1.5, family="monospace")
+    figure.text(0.74, 0.1, "upper left: hides much, costs little", fontsize=10, style="italic")
+    figure.subplots_adjust(left=0.05, right=0.72, top=0.94, bottom=0.08, wspace=0.1)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def label(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Names beside the points, moved apart where they would lie on one another."""
-    axis.set_xlim(-4, 135)
-    low, high = min(y for _, y, _ in points), max(y for _, y, _ in points)
-    step = (high - low + 6) / 32
-    placed: list[tuple[float, float]] = []
-    for x, y, name in sorted(points, key=lambda point: (-point[1], point[0])):
-        at = y
-        while any(abs(at - other) < step and abs(x - there) < 32 for there, other in placed):
-            at -= step / 4
-        placed.append((x, at))
+def mean_of(leaks: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Over batches."""
+    return statistics.mean(leak[key] for leak in leaks)
+
+
+def numbered(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Numbers beside the points, with a line to the point where they had to be moved apart."""
+    axis.set_xlim(-9, 112)
+    axis.set_yscale("function", functions=(lambda y: y**STRETCH, lambda y: y ** (1 / STRETCH)))
+    axis.set_ylim(50, 90)
+    axis.set_yticks([50, 60, 70, 75, 80, 82, 84, 86, 88, 90])
+    taken = [(x, y) for x, y, _ in points]
+    for x, y, number in sorted(points, key=lambda point: (-point[1], point[0])):
+        places = [(x + side, y + up) for side in (4, 9, 14, -4, -9) for up in (0, 0.6, -0.6, 1.2, -1.2, 1.8, -1.8)]
+        free = [place for place in places if all(apart(place, other) for other in taken)]
+        at = min(free, key=lambda place: abs(place[0] - x) / 5 + abs(place[1] - y))
+        taken.append(at)
         axis.annotate(
-            name, (x, y), (x + 2.5, at), fontsize=8, va="center",
-            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.5},
+            number, (x, y), at, fontsize=10, va="center", ha="center",
+            arrowprops={"arrowstyle": "-", "color": "#999999", "lw": 0.6, "shrinkA": 6, "shrinkB": 3},
         )  # fmt: skip
+
+
+def apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two numbers do not lie on one another, in the units of the axes."""
+    return abs(one[0] - other[0]) >= 3.9 or abs(one[1] - other[1]) >= 0.59
