@@ -1,7 +1,7 @@
 """What a client's update tells of the words of its batch, by attacks that know its defense."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from fedllm_sec.attacks.reconstruction.revealed import FoundToken, RevealedText
 from fedllm_sec.victim import Victim
 from leakage.clients import LAYERS, Learner, Text, learner, sent, whole
 from leakage.masked import masked_pursuit
-from leakage.pairs import span_check
 from leakage.rows import Row
 
 MEMORY = 2**28
@@ -85,8 +84,6 @@ def leak(base: Path, row: Row, setting: Setting) -> Leak:
     distinct = {token for text in texts for token in text}
     longest = max(map(len, texts))
     every = list(ways(row, update, threat, longest, len(distinct)))
-    if row.freeze_a or row.fresh:
-        every.append(("check of the span of B", spanned(client, update, received, longest)))
     measured = [judge_text(found, texts) for _, found in every]
     scores = [f1(each["token_recall"], each["token_precision"]) for each in measured]
     best = scores.index(max(scores))
@@ -120,16 +117,6 @@ def ways(row: Row, update: UpdateSet, threat: Threat, longest: int, tokens: int)
     yield "lora_tokens", method.reconstruct_data(update, threat)[0]
     if row.share < 1:
         yield "masked pursuit", masked(update, threat, longest, tokens)
-
-
-def spanned(client: Learner, update: UpdateSet, received: Mapping[str, torch.Tensor], longest: int) -> RevealedText:
-    """What B tells that is given by a few tokens only."""
-    began = time.perf_counter()
-    change = {name: value.reshape(received[name].shape) for name, value in whole(update).items()}
-    found = span_check(client.model, change, received, longest)
-    named = tuple(FoundToken(token, score, 0.0) for token, score in found.items())
-    seconds = time.perf_counter() - began
-    return RevealedText("client_0", "span of B", min(found.values(), default=0.0), False, "", seconds, named, (), 0)
 
 
 def masked(update: UpdateSet, threat: Threat, longest: int, tokens: int) -> RevealedText:

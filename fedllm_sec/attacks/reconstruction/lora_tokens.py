@@ -14,6 +14,7 @@ from fedllm_sec.attacks.reconstruction.dictionary import Checkpoint, Dictionary,
 from fedllm_sec.attacks.reconstruction.families import Family, family_of
 from fedllm_sec.attacks.reconstruction.gradients import victim_of
 from fedllm_sec.attacks.reconstruction.lenses import ROUNDING
+from fedllm_sec.attacks.reconstruction.pairs import pairs
 from fedllm_sec.attacks.reconstruction.pursuit import Pick, Pursuit
 from fedllm_sec.attacks.reconstruction.reading import (
     A,
@@ -28,6 +29,7 @@ from fedllm_sec.attacks.reconstruction.reading import (
     readings,
 )
 from fedllm_sec.attacks.reconstruction.revealed import FoundToken, RevealedText
+from fedllm_sec.attacks.reconstruction.second_layer import check
 from fedllm_sec.core import Attack, Threat
 from fedllm_sec.registry import attack
 from fedllm_sec.updates.errors import InputError
@@ -37,6 +39,7 @@ from fedllm_sec.victim import Victim
 
 Length = Annotated[int, Field(ge=1)]
 SURE = 1e-4  # of the rows' energy: so little left unexplained is rounding
+TRUSTED = 0.5  # of the pairs at least, or none are
 TOUCHED = 1e-8  # of the energy of the row of an embedding table that changed most
 
 
@@ -48,7 +51,8 @@ def lora_tokens(*, length: Length | None = None) -> Attack:
     combination of the atoms of the tokens seen: a sparse one, which a rank-aware pursuit finds though the rank be far
     below the number of tokens. Weight decay is found by least squares. One step of Adam is inverted by its epsilon,
     several on the same data by an expectation-maximisation (`lenses`). Where A did not change, B is read: it tells as
-    long as there are fewer tokens than the rank. Where the embeddings were trained, the rows that changed are read.
+    long as fewer inputs than the rank were read; where positions are added, by a check of every token at every position
+    (`pairs`). Where the embeddings were trained, the rows that changed are read.
 
     The order of tokens is not told (see `span`), and a causal model's last token of each text is read by nobody.
 
@@ -183,14 +187,34 @@ def searched(sent: Sent, base: Base, length: int | None) -> Found:
         return best_reading(modules, base.atoms, base.victim, length)
     through = from_b(sent, base.family, "lora_tokens")
     if through:
+        found = checked(sent, base)
+        if found and found.is_whole:
+            return found
         tries = [best_reading([module], base.atoms.through(matrix), base.victim, length) for module, matrix in through]
-        return max(tries, key=lambda found: found.explained)._replace(source="A did not change; B of the first layer")
+        tries = [each._replace(source="A did not change; B of the first layer") for each in tries]
+        return max([*tries, *([found] if found else [])], key=lambda each: each.explained)
     if not readers(sent.rows, base.family, [A, B, ".weight"]):
         raise InputError(
             f"lora_tokens: {sent.rows.clients[sent.row]} trains nothing that reads the first layer's input "
             f"({base.family.readers}); only that tells tokens"
         )
     return Found((), 0.0, 0, 0, base.atoms.width, "the first layer's readers did not change", 0)
+
+
+def checked(sent: Sent, base: Base) -> Found | None:
+    """The tokens of the pairs that pass the check of B; None where positions are not added, or it tells nothing."""
+    if base.family.positions is None or (base.victim.optimizer != "sgd" and base.victim.steps > 1):
+        return None
+    space = check(sent, base.family, base.atoms.width, "lora_tokens")
+    if space is None or not space.is_telling:
+        return None
+    read = pairs(space, base.checkpoint, base.family, base.atoms.memory)
+    if read.trusted < TRUSTED:
+        return None
+    nearest = {pair.token: pair.distance for pair in reversed(read.pairs)}
+    picks = [Pick(token, 1 - far**2, 1.0) for token, far in sorted(nearest.items(), key=lambda each: each[1])]
+    count, width = len(read.pairs), len(space.spaces[0].basis)
+    return Found(picks, read.trusted, count, space.rank, width, f"A did not change; B of {count} inputs", 0)
 
 
 def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, length: int | None) -> Found:
@@ -212,7 +236,7 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
 def trained_rows(sent: Sent, base: Base) -> Found | None:
     """The tokens whose embeddings changed; None where embeddings were not trained, or all changed (a tied head)."""
     named = [name for name in sent.rows.layout.sizes if name.endswith(f".{base.family.words}")]
-    if not named:
+    if not named or (base.family.causal and base.checkpoint.config.get("tie_word_embeddings")):
         return None
     energy = changed(sent, named[0], base.atoms.width, base.victim)
     touched = (energy > TOUCHED * energy.max()).nonzero().flatten().tolist()

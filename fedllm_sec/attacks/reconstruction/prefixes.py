@@ -118,7 +118,8 @@ class Prefixes:
             if self.blocks.computed > self.budget:
                 self.stopped = f"the search was ended after {self.blocks.computed:,} tokens (budget={self.budget})"
             elif len(self.told()) > 2 * self.check.rank:
-                self.stopped = "more prefixes pass the check than there are states: it does not tell them apart"
+                self.passed = {}
+                self.stopped = "far more prefixes pass the check than there are states: none of them is to be trusted"
             if self.stopped:
                 return
 

@@ -209,7 +209,8 @@ class Pursuit:
 
     def prune(self, judged: Sequence[Pick]) -> bool:
         """Drop what chance explains as well; say whether anything was."""
-        limit = 1 - self.chance(len(self.lens.rows), self.basis.shape[1] - 1)
+        rank = int((torch.linalg.svdvals(self.lens.evidence) > 3 * self.lens.floor).sum())  # many rows may tell little
+        limit = 1 - self.chance(rank, self.basis.shape[1] - 1)
         return self.keep([pick.token for pick in judged if pick.score > limit])
 
     def keep(self, tokens: list[int]) -> bool:

@@ -142,6 +142,39 @@ def test_a_fresh_adapter_tells_by_b_as_long_as_tokens_are_fewer_than_the_rank(ba
         assert found.certain == bool(expected)
 
 
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "rate", "r"),
+    [("bert", "sgd", 10.0, 16), ("gpt2", "sgd", 0.1, 16), ("gpt2", "adam", 3e-4, 32)],
+)
+def test_b_tells_tokens_to_which_positions_are_added(kind, optimizer, rate, r, bases, tmp_path):
+    """A sentence has as many inputs as tokens, though tokens, positions and the bias have more atoms than the rank."""
+    how = {"optimizer": optimizer, "rate": rate, "frozen": "lora_A", "r": r}
+    for words, read in ((12, True), (r + 1, False)):
+        texts = [random_texts(1, 2 * words, seed=words)[0][:words] + [77] * (kind == "gpt2")]
+        sent = lora_client(tmp_path / f"{words}", bases[kind], texts, kind=kind, **how)
+        found = look(sent, optimizer=optimizer, learning_rate=rate)
+        assert recall_and_precision(found, sent) == ((1.0, 1.0) if read else (0.0, 0.0)), words
+        assert found.certain == read
+        assert not read or found.rank == words
+
+
+def test_what_chance_may_have_brought_is_not_told(bases, tmp_path):
+    """Four directions that no token uses, and the rounding of a step of Adam: more pairs pass than there are."""
+    sent = lora_client(
+        tmp_path,
+        bases["gpt2"],
+        [[*range(100, 112), 7]],
+        kind="gpt2",
+        r=16,
+        optimizer="adam",
+        rate=3e-4,
+        frozen="lora_A",
+    )
+    found = look(sent, optimizer="adam", learning_rate=3e-4)
+    print(found)
+    assert (found.tokens, found.certain) == ((), False)
+
+
 def test_two_steps_from_a_fresh_adapter_tell_everything(bases, tmp_path):
     sent = lora_client(tmp_path, bases["llama"], random_texts(4, 8), kind="llama", fresh=True, steps=2, rate=1.0)
     assert recall_and_precision(look(sent, steps=2), sent) == (1.0, 1.0)
