@@ -10,10 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fedllm_sec.attacks.reconstruction.adam import Adam
 from fedllm_sec.attacks.reconstruction.dictionary import Checkpoint, Dictionary, dictionary
 from fedllm_sec.attacks.reconstruction.families import Family, family_of
 from fedllm_sec.attacks.reconstruction.gradients import victim_of
 from fedllm_sec.attacks.reconstruction.lenses import ROUNDING
+from fedllm_sec.attacks.reconstruction.likeliest import Likeliest
 from fedllm_sec.attacks.reconstruction.pairs import pairs
 from fedllm_sec.attacks.reconstruction.pursuit import Pick, Pursuit
 from fedllm_sec.attacks.reconstruction.reading import (
@@ -100,6 +102,7 @@ class Found(NamedTuple):
         width: of it.
         source: what was read, in a line.
         length: positions found.
+        estimated: whether the rows are not known, so that nothing is proven.
     """
 
     picks: Sequence[Pick]
@@ -109,6 +112,7 @@ class Found(NamedTuple):
     width: int
     source: str
     length: int
+    estimated: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -118,7 +122,7 @@ class Found(NamedTuple):
     @property
     def is_unique(self) -> bool:
         """Whether no other set of so few atoms can explain as much."""
-        return 2 * self.atoms < self.width + self.rank
+        return not self.estimated and 2 * self.atoms < self.width + self.rank
 
 
 def base_of(threat: Threat, method: str) -> Base:
@@ -221,11 +225,12 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
     """Try the ways to read the rows until one leaves nothing, or take the one that leaves least."""
     best: Found | None = None
     for lens, units in readings(modules, atoms, victim):
-        pursuit = Pursuit(lens, units, length or 0)
-        picks = pursuit.run()
-        rank = int(torch.linalg.matrix_rank(lens.evidence, rtol=3 * lens.floor))
-        used, source = pursuit.basis.shape[1], bag_of(modules, atoms)
-        found = Found(picks, pursuit.explained, used, rank, atoms.width, source, pursuit.length)
+        start = length or 0
+        estimated = isinstance(lens, Adam)
+        search = Likeliest(lens, units, start) if isinstance(lens, Adam) else Pursuit(lens, units, start)
+        picks = search.run()
+        used, source = search.basis.shape[1], bag_of(modules, atoms)
+        found = Found(picks, search.explained, used, lens.rank, atoms.width, source, search.length, estimated)
         best = max(best or found, found, key=lambda each: each.explained)
         if found.is_whole:
             break

@@ -13,7 +13,7 @@ is kept if chance would bring fewer than `alpha` of V atoms as near.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from scipy.stats import beta
@@ -25,8 +25,6 @@ PATIENCE = 32  # atoms in a row that chance explains as well: then there is noth
 WINDOW = 16  # positions behind the last one known that a text may reach
 SPANNED = 1e-4  # of an atom's squared length: so little left of it is rounding
 SPAN = 1e-5  # a deficit that is none: the atom lies in what is left, and so do others that do
-TOGETHER = 64
-HALF = 0.5  # of the width: an estimate can be made of so many atoms whatever it is
 NOTHING = 1e-10  # of the rows' energy
 ROUNDS = 4  # of pruning and searching again
 
@@ -37,24 +35,28 @@ class Lens(Protocol):
     Attributes:
         rows: (k, d) float64, of length about 1.
         floor: the length of what rounding alone makes of a row.
-        exact: whether rows are known but for rounding.
         alpha: so many atoms may be taken by accident in a search.
     """
 
     rows: Tensor
     floor: float
-    exact: bool
     alpha: float
 
     @property
-    def evidence(self) -> Tensor:
-        """(k, d) float64, the rows as they were known before anything was found: no estimate leans to a find."""
+    def rank(self) -> int:
+        """How many independent rows there are."""
 
     def look(self, basis: Tensor, steps: int = 1) -> None:
         """Know better, now that rows are known to be near the span of an orthonormal (d, q) basis."""
 
     def residual(self, basis: Tensor) -> Tensor:
-        """(k, d) what is left of the rows beside that span."""
+        """(m, d) beside that span, in whose row space an atom lies that is in the rows, but was not found."""
+
+    def explained(self, basis: Tensor) -> float:
+        """The share of what was sent that the span accounts for, less what as many vectors would by chance: 0 to 1."""
+
+
+AnyLens = TypeVar("AnyLens", bound=Lens)
 
 
 class Pick(NamedTuple):
@@ -72,8 +74,8 @@ class Pick(NamedTuple):
 
 
 @dataclass
-class Pursuit:
-    """A search, and how far it has come.
+class Pursuit(Generic[AnyLens]):
+    """A search in rows that are known, and how far it has come; in those that are not: `likeliest`.
 
     Attributes:
         lens: what is known of the rows.
@@ -85,7 +87,10 @@ class Pursuit:
         pending: columns of the basis that `squares` do not know of yet.
     """
 
-    lens: Lens
+    together: ClassVar[int] = 64  # atoms that are taken at once, if they lie in what is left
+    most: ClassVar[float] = 1.0  # of the width: of so many atoms anything can be made
+
+    lens: AnyLens
     atoms: Dictionary
     length: int = 0
     picks: list[int] = field(default_factory=list)
@@ -107,10 +112,7 @@ class Pursuit:
 
     def directions(self) -> Tensor:
         """(d, m) orthonormal: where there is something left of the rows, more than rounding would leave."""
-        left = self.lens.residual(self.basis)
-        if not self.lens.exact:  # of an estimate no row is to count more
-            left = left / left.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        _, values, right = torch.linalg.svd(left, full_matrices=False)
+        _, values, right = torch.linalg.svd(self.lens.residual(self.basis), full_matrices=False)
         told: Tensor = right[values > 3 * self.lens.floor].T
         return told
 
@@ -142,12 +144,10 @@ class Pursuit:
         """Take the nearest atom; say whether that is more than chance, None where there is nothing left to explain."""
         directions = self.directions()
         taken = self.basis.shape[1]
-        if not directions.shape[1] or taken + directions.shape[1] >= self.atoms.width * (
-            1 if self.lens.exact else HALF
-        ):
+        if not directions.shape[1] or taken + directions.shape[1] >= self.most * self.atoms.width:
             return None
         tokens, positions = self.deficits(directions)
-        if self.lens.exact and len(spanned := (tokens < SPAN).nonzero().flatten()[:TOGETHER].tolist()) > 1:
+        if len(spanned := (tokens < SPAN).nonzero().flatten()[: self.together].tolist()) > 1:
             self.picks += spanned
             self.take(self.atoms.atoms(spanned))
             self.lens.look(self.basis)
@@ -174,42 +174,40 @@ class Pursuit:
         self.basis = torch.cat([self.basis, new], dim=1)
         self.pending = torch.cat([self.pending, new], dim=1)
 
-    def explore(self) -> None:
-        """Take atoms until chance would bring as near ones.
+    def explore(self) -> int:
+        """Take atoms until chance would bring as near ones `PATIENCE` times; say how many such there are at the end.
 
-        Of rows that are known an atom that chance explains as well may be the right one all the same: the next ones
-        tell, and `prune` drops it if not. An estimate leans to whatever was taken: there such ones at the end go.
+        One that chance explains as well may be the right one all the same: the next ones tell.
         """
         weak = 0
-        while weak < PATIENCE:
-            told = self.step()
-            if told is None:
-                break
+        while weak < PATIENCE and (told := self.step()) is not None:
             weak = 0 if told else weak + 1
-        if not self.lens.exact:
-            self.keep(self.picks[: len(self.picks) - weak])
+        return weak
+
+    def alone(self) -> tuple[Tensor, Tensor]:
+        """(m, d) what of each token is beside all else that was taken, as directions; and its length in the atom's."""
+        vectors = torch.cat([self.fixed, self.atoms.atoms(self.picks)])
+        inverse = torch.linalg.pinv(vectors, rtol=1e-9).T[len(self.fixed) :]  # coefficients are rows @ inverse.T
+        lengths = inverse.norm(dim=1)
+        return inverse / lengths[:, None], lengths * self.atoms.atoms(self.picks).norm(dim=1)
 
     def judge(self) -> list[Pick]:
         """How each token stands beside all the others: what the rows would miss without it."""
         if not self.picks:
             return []
-        vectors = torch.cat([self.fixed, self.atoms.atoms(self.picks)])
-        inverse = torch.linalg.pinv(vectors, rtol=1e-9).T[
-            len(self.fixed) :
-        ]  # (tokens, d): coefficients are rows @ it.T
-        alone = inverse / inverse.norm(dim=1, keepdim=True)  # each atom's direction beside all the others
-        rows = self.lens.evidence
+        alone, lengths = self.alone()
+        rows = self.lens.rows
         left = rows - (rows @ self.basis) @ self.basis.T
         noise = left @ left.T + torch.eye(len(left), dtype=left.dtype) * (self.lens.floor**2 + NOTHING)
         parts = rows @ alone.T  # (k, tokens)
         signal = (parts * torch.linalg.solve(noise, parts)).sum(dim=0)
-        weights = (rows @ inverse.T).norm(dim=0) * self.atoms.atoms(self.picks).norm(dim=1)
+        weights = parts.norm(dim=0) * lengths
         scores = signal / (1 + signal)  # of a row space that loses one direction: Sherman and Morrison
         return [Pick(*each) for each in zip(self.picks, scores.tolist(), weights.tolist(), strict=True)]
 
     def prune(self, judged: Sequence[Pick]) -> bool:
         """Drop what chance explains as well; say whether anything was."""
-        rank = int((torch.linalg.svdvals(self.lens.evidence) > 3 * self.lens.floor).sum())  # many rows may tell little
+        rank = int((torch.linalg.svdvals(self.lens.rows) > 3 * self.lens.floor).sum())  # many rows may tell little
         limit = 1 - self.chance(rank, self.basis.shape[1] - 1)
         return self.keep([pick.token for pick in judged if pick.score > limit])
 
@@ -219,7 +217,7 @@ class Pursuit:
             return False
         self.picks = tokens
         self.begin()
-        self.lens.look(self.basis, steps=15)
+        self.lens.look(self.basis)
         return True
 
     def run(self) -> list[Pick]:
@@ -228,29 +226,24 @@ class Pursuit:
         for _ in range(ROUNDS):
             self.explore()
             judged = self.judge()
-            while self.lens.exact and self.prune(judged):
+            while self.prune(judged):
                 judged = self.judge()
             if self.explained <= best[0] + 1e-6:
                 break
             best = self.explained, list(self.picks), self.length
-            if self.lens.exact and self.explained > 1 - 1e-6:
+            if self.explained > 1 - 1e-6:
                 break
             ranked = sorted(judged, key=lambda pick: pick.score, reverse=True)
             self.keep([pick.token for pick in ranked[: max(1, 4 * len(ranked) // 5)]])
         self.picks = best[1]
         self.begin()
-        self.lens.look(self.basis, steps=15)
+        self.lens.look(self.basis)
         return sorted(self.judge(), key=lambda pick: pick.score, reverse=True)
 
     @property
     def explained(self) -> float:
-        """The share of the rows that the tokens account for, less what as many vectors would by chance: 0 to 1."""
-        if not self.picks:
-            return 0.0
-        rows = self.lens.evidence
-        left = float(1 - (rows @ self.basis).square().sum() / rows.square().sum())
-        free = self.atoms.width - self.basis.shape[1]
-        return max(0.0, 1 - left * self.atoms.width / free) if free > 0 else 0.0
+        """The share that the tokens account for, less what as many vectors would by chance: 0 to 1."""
+        return self.lens.explained(self.basis) if self.picks else 0.0
 
 
 def orthonormal(columns: Tensor, tolerance: float) -> Tensor:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fedllm_sec.attacks.reconstruction.adam import Adam
 from fedllm_sec.attacks.reconstruction.dictionary import Dictionary
 from fedllm_sec.attacks.reconstruction.families import Family
 from fedllm_sec.attacks.reconstruction.gradients import received_weights, tensors
-from fedllm_sec.attacks.reconstruction.lenses import ROUNDING, Adam, Exact, first_step
-from fedllm_sec.attacks.reconstruction.pursuit import Lens
+from fedllm_sec.attacks.reconstruction.lenses import ROUNDING, Exact, first_step
 from fedllm_sec.core import Threat
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.update_set import UpdateSet
@@ -109,7 +109,7 @@ def from_b(sent: Sent, family: Family, method: str) -> list[tuple[Module, Tensor
     return [(Module(m, changes[part[B]], known[part[B]]), matrices[part[A]]) for m, part in moved.items()]
 
 
-def readings(modules: Sequence[Module], atoms: Dictionary, victim: Victim) -> Iterator[tuple[Lens, Dictionary]]:
+def readings(modules: Sequence[Module], atoms: Dictionary, victim: Victim) -> Iterator[tuple[Exact | Adam, Dictionary]]:
     """How rows can be read, the likeliest first, each with the atoms in its units: to be tried until one explains all.
 
     In units of what is usual for each coordinate atoms lie less near to one another, as a rule: a few coordinates of
@@ -127,13 +127,20 @@ def readings(modules: Sequence[Module], atoms: Dictionary, victim: Victim) -> It
         kept = (1 - victim.learning_rate * victim.weight_decay) ** victim.steps
         changes = [change + (1 - kept) * base for change, base in zip(changes, known, strict=True)]
     if victim.steps > 1:
-        yield Adam(torch.cat(changes), spread, victim.learning_rate * victim.steps, victim.steps), even
+        noise = torch.cat([unit(base) for base in known]) * (victim.steps / 12) ** 0.5  # even within a unit, each step
+        yield Adam(torch.cat(changes), spread, victim.learning_rate * victim.steps, victim.steps, noise), even
         return
     rate = victim.learning_rate
     rows = [held(first_step(each, base, rate), spread) for each, base in zip(changes, known, strict=True)]
     noise = max(float(ROUNDING * base.abs().mean() / rate) for base in known)
     yield exact(rows, known, spread, noise=noise), even
     yield Exact(rows, known, noise=noise), atoms
+
+
+def unit(values: Tensor) -> Tensor:
+    """float64: the unit in the last place of each value, as a float32."""
+    exponent = torch.frexp(values.abs().clamp(min=torch.finfo(torch.float32).tiny))[1]
+    return torch.ldexp(torch.ones_like(values), exponent - 24)
 
 
 def held(rows: Tensor, spread: Tensor) -> Tensor:

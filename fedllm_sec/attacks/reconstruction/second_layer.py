@@ -24,7 +24,7 @@ from torch import Tensor
 from fedllm_sec.attacks.reconstruction.families import Family
 from fedllm_sec.attacks.reconstruction.gradients import shares
 from fedllm_sec.attacks.reconstruction.lenses import first_step
-from fedllm_sec.attacks.reconstruction.reading import Module, Sent, from_a, from_b, from_weights
+from fedllm_sec.attacks.reconstruction.reading import Module, Sent, from_a, from_b, from_weights, unit
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.victim import Victim
 
@@ -220,12 +220,6 @@ def whitened(module: Module, victim: Victim, tolerance: float) -> Tensor:
 def steepness(gradient: Tensor, eps: float = 1e-8) -> Tensor:
     """(k,) mean square of how much a gradient changes with Adam's first step, g / (|g| + eps)."""
     return ((gradient.abs() + eps) ** 2 / eps).square().mean(dim=1)
-
-
-def unit(values: Tensor) -> Tensor:
-    """float64: the unit in the last place of each value, as a float32."""
-    exponent = torch.frexp(values.abs().clamp(min=torch.finfo(torch.float32).tiny))[1]
-    return torch.ldexp(torch.ones_like(values), exponent - 24)
 
 
 def space(parts: Sequence[Tensor]) -> Space:
