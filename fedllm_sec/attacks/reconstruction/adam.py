@@ -5,7 +5,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from fedllm_sec.attacks.reconstruction.lenses import beside, within
+from fedllm_sec.attacks.reconstruction.lenses import beside, spanned, within
 from fedllm_sec.attacks.reconstruction.rays import BETAS, curve, one_sided, rays
 
 SETTLED = 60  # steps of expectation and maximisation after which little changes
@@ -38,7 +38,6 @@ class Adam:
     """
 
     alpha = 0.5  # a search that is half in doubt anyway finds more if it is less strict
-    floor = 1e-6
 
     def __init__(self, moves: Tensor, spread: Tensor, total: float, steps: int, noise: Tensor):
         kept = moves.abs().amax(dim=1).nonzero().flatten()
@@ -107,8 +106,8 @@ class Adam:
         missed_h = freedom * (missed.sum(dim=0) * clear).sum(dim=1) / clear.sum(dim=1)
         self.tau_h = missed_h.sqrt().clamp(min=STEADY)[:, None]
 
-    def residual(self, basis: Tensor) -> Tensor:
-        """(2 k, d) derivatives of the likelihood by the means, beside the basis: an input that is missing shows here.
+    def directions(self, basis: Tensor) -> Tensor:
+        """(d, 2 k) orthonormal: of the derivatives of the likelihood by the means, beside the basis.
 
         They are Rao's scores. That a vector lies near to the space of all of them, whatever its coefficients, is his
         test of whether it has any.
@@ -116,8 +115,7 @@ class Adam:
         scores = torch.cat([(self.rows - self.mean_g) / self.tau_g**2, self.left_h])
         most = OUTLYING / 0.6745 * scores.abs().median(dim=1, keepdim=True).values
         left = beside(scores.clamp(-most, most), basis)
-        unit: Tensor = left / left.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        return unit
+        return spanned(left / left.norm(dim=1, keepdim=True).clamp(min=1e-300), 1e-6)
 
     def loss(self, basis: Tensor) -> float:
         """By how much less likely the moves are with the span of a smaller basis."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 2.0**-24  # of a float32, relative
+CLEAR = 3.0  # times the noise of a row: a singular value that is none
 
 
 class Exact:
@@ -24,6 +25,10 @@ class Exact:
         received: (k, d) each, what it changed them from.
         decay: whether to look for weight decay.
         noise: of a row, relative; what the rounding of what was sent leaves is added to it.
+
+    Attributes:
+        rows: (k, d) float64, of length about 1.
+        noise: (k,) the length of what is no signal in each; a module that moved little has more of it.
     """
 
     alpha = 1e-3
@@ -32,10 +37,10 @@ class Exact:
         self, modules: Sequence[Tensor], received: Sequence[Tensor], *, decay: bool = False, noise: float = 1e-7
     ):
         self.given, self.anchors, self.decay = list(modules), list(received), decay
-        pairs = zip(modules, received, strict=True)
-        rounding = max(float(ROUNDING * base.norm() / module.norm()) for module, base in pairs)
-        self.floor = noise + rounding
-        self.rows = joined(self.given)
+        pairs = list(zip(modules, received, strict=True))
+        rounding = [ROUNDING * base.norm(dim=1) * len(base) ** 0.5 / module.norm() for module, base in pairs]
+        self.rows, each = joined(self.given), torch.cat(rounding)
+        self.noise = noise + (each if len(each) == len(self.rows) else each.max().expand(len(self.rows)))
 
     def look(self, basis: Tensor, steps: int = 1) -> None:
         """Find the weight decay anew."""
@@ -46,7 +51,7 @@ class Exact:
     @property
     def rank(self) -> int:
         """How many independent rows there are."""
-        return int(torch.linalg.matrix_rank(self.rows, rtol=3 * self.floor))
+        return spanned(self.rows / self.noise[:, None], CLEAR).shape[1]
 
     def explained(self, basis: Tensor) -> float:
         """The share of the rows in the span of a (d, q) basis, less what as many vectors would bring by chance."""
@@ -55,9 +60,16 @@ class Exact:
         left = float(1 - (self.rows @ basis).square().sum() / self.rows.square().sum())
         return max(0.0, 1 - left * width / free) if free > 0 else 0.0
 
-    def residual(self, basis: Tensor) -> Tensor:
-        """What is left of the rows."""
-        return beside(self.rows, basis)
+    def directions(self, basis: Tensor) -> Tensor:
+        """(d, m) orthonormal: where more is left of the rows than noise would leave."""
+        return spanned(beside(self.rows, basis) / self.noise[:, None], CLEAR)
+
+
+def spanned(rows: Tensor, least: float) -> Tensor:
+    """(d, m) orthonormal: the row space, without directions of singular values up to the least."""
+    _, values, right = torch.linalg.svd(rows, full_matrices=False)
+    space: Tensor = right[values > least].T
+    return space
 
 
 def joined(modules: Sequence[Tensor]) -> Tensor:

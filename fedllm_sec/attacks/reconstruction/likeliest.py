@@ -8,13 +8,13 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from fedllm_sec.attacks.reconstruction.adam import SETTLED, Adam
-from fedllm_sec.attacks.reconstruction.pursuit import Pick, Pursuit
+from fedllm_sec.attacks.reconstruction.search import Pick, Search
 
 MARGIN = 2  # times what is needed: the paths are not quite straight, and chance brings more than it should
 
 
 @dataclass
-class Likeliest(Pursuit[Adam]):
+class Likeliest(Search[Adam]):
     """A search that takes atoms one by one, and in the end drops those without which the moves are as likely."""
 
     together: ClassVar[int] = 1
@@ -67,7 +67,7 @@ class Likeliest(Pursuit[Adam]):
         scores = [loss / (loss + MARGIN * self.needed) for loss in losses]
         return [Pick(*each) for each in zip(self.picks, scores, weights.tolist(), strict=True)]
 
-    def prune(self, judged: list[Pick]) -> bool:  # type: ignore[override]
+    def prune(self, judged: list[Pick]) -> bool:
         """Drop the weaker half of what is not needed; say whether anything was."""
         weak = sorted((pick for pick in judged if pick.score < 0.5), key=lambda pick: pick.score)
         dropped = {pick.token for pick in weak[: (len(weak) + 1) // 2]}

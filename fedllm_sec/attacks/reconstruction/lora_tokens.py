@@ -17,7 +17,7 @@ from fedllm_sec.attacks.reconstruction.gradients import victim_of
 from fedllm_sec.attacks.reconstruction.lenses import ROUNDING
 from fedllm_sec.attacks.reconstruction.likeliest import Likeliest
 from fedllm_sec.attacks.reconstruction.pairs import pairs
-from fedllm_sec.attacks.reconstruction.pursuit import Pick, Pursuit
+from fedllm_sec.attacks.reconstruction.pursuit import Pursuit
 from fedllm_sec.attacks.reconstruction.reading import (
     A,
     B,
@@ -31,6 +31,7 @@ from fedllm_sec.attacks.reconstruction.reading import (
     readings,
 )
 from fedllm_sec.attacks.reconstruction.revealed import FoundToken, RevealedText
+from fedllm_sec.attacks.reconstruction.search import Pick
 from fedllm_sec.attacks.reconstruction.second_layer import check
 from fedllm_sec.core import Attack, Threat
 from fedllm_sec.registry import attack

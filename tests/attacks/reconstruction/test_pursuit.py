@@ -47,7 +47,7 @@ def test_the_choices_are_the_papers(seed, rows, tokens):
     pursuit = Pursuit(exact(mixed), dictionary(atoms))
     expected, told = naive_pursuit.pursue(mixed.numpy(), atoms.double().numpy(), tokens)
     for choice, score in zip(expected, told, strict=True):
-        deficits, _ = pursuit.deficits(pursuit.directions())
+        deficits, _ = pursuit.deficits(pursuit.lens.directions(pursuit.basis))
         assert 1 - float(deficits.min()) == pytest.approx(score, abs=1e-4)
         close = 1 - float(deficits.min()) - (1 - deficits[choice])
         assert close == pytest.approx(0, abs=1e-4)  # the oracle's choice is ours, or one just as near

@@ -15,7 +15,7 @@ from tests.attacks.reconstruction.clients import adapted, look, lora_client, rec
 from tests.conftest import packaged
 
 CASES = [(8, 2), (8, 4), (8, 8), (16, 4), (16, 8)]  # batch, rank
-RATE = 5e-5  # `TrainingArguments`' own default
+RATES = [5e-5, 3e-4]  # `TrainingArguments`' own default, and what is usual for LoRA
 
 
 def reviews(folder, count, words, skip=0):
@@ -61,14 +61,14 @@ def test_long_reviews_five_times_as_many_words_as_the_rank(minilm, shared_data, 
     assert (recall, precision, found.rank) == (1.0, 1.0, 4)
 
 
+@pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize(("batch", "r"), CASES)
-def test_five_steps_of_adamw_tell_most_words(batch, r, minilm, shared_data, tmp_path):
+def test_five_steps_of_adamw_tell_nearly_every_word(batch, r, rate, minilm, shared_data, tmp_path):
     texts = tokens(minilm, reviews(shared_data, batch, words=8))
-    how = {"optimizer": "adamw", "rate": RATE, "steps": 5}
-    sent = lora_client(tmp_path, minilm, texts, kind="bert", r=r, **how)
-    recall, precision, found = seen_by(sent, {"optimizer": "adamw", "learning_rate": RATE, "steps": 5})
-    assert recall >= 0.85
-    assert precision >= 0.85
+    sent = lora_client(tmp_path, minilm, texts, kind="bert", r=r, optimizer="adamw", rate=rate, steps=5)
+    recall, precision, found = seen_by(sent, {"optimizer": "adamw", "learning_rate": rate, "steps": 5})
+    assert recall >= 0.93
+    assert precision >= 0.95
     assert not found.certain
     assert found.seconds < 60
 
@@ -117,9 +117,16 @@ def test_pythias_architecture_and_questions_of_pubmedqa(batch, r, shared_data, t
 
 
 def check_language_model(base, kind, batch, r, shared_data, tmp_path):
-    """Everything from SGD, with weight decay that nobody told of; of five steps of AdamW the most part."""
+    """Everything from SGD, with weight decay that nobody told of; of five steps of AdamW nearly everything."""
     texts = tokens(base, questions(shared_data, batch, words=12))
     sent = lora_client(tmp_path / "sgd", base, texts, kind=kind, r=r)
     assert seen_by(sent, {})[:2] == (1.0, 1.0)
     decayed = lora_client(tmp_path / "decay", base, texts, kind=kind, r=r, steps=5, decay=0.01)
     assert seen_by(decayed, {"steps": 5})[:2] == (1.0, 1.0)
+    short = tokens(base, questions(shared_data, batch, words=8))
+    rate = RATES[0]
+    adamw = lora_client(tmp_path / "adamw", base, short, kind=kind, r=r, steps=5, optimizer="adamw", rate=rate)
+    recall, precision, found = seen_by(adamw, {"steps": 5, "optimizer": "adamw", "learning_rate": rate})
+    assert recall >= 0.93
+    assert precision >= 0.95
+    assert found.seconds < 60
