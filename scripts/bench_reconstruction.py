@@ -40,7 +40,13 @@ class Case(NamedTuple):
         return f"{self.steps} x {self.optimizer}, {self.rate:g}{decay}"
 
 
-WAYS = [("sgd", 0.1, 1, 0.0), ("sgd", 0.1, 5, 0.01), ("adamw", 5e-5, 1, 0.0), ("adamw", 5e-5, 5, 0.0)]
+WAYS = [
+    ("sgd", 0.1, 1, 0.0),
+    ("sgd", 0.1, 5, 0.01),
+    ("adamw", 5e-5, 1, 0.0),
+    ("adamw", 5e-5, 5, 0.0),
+    ("adamw", 3e-4, 5, 0.0),
+]
 HEAD = "| batch | rank | local training | tokens | recall | precision | certificate | certain | seconds |\n"
 HEAD += "| --: | --: | --- | --: | --: | --: | --: | --- | --: |"
 

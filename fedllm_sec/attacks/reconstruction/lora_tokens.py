@@ -42,6 +42,7 @@ from fedllm_sec.victim import Victim
 
 Length = Annotated[int, Field(ge=1)]
 SURE = 1e-4  # of the rows' energy: so little left unexplained is rounding
+READABLE = 0.9  # of the rows, so that coefficients tell which token is where
 TRUSTED = 0.5  # of the pairs at least, or none are
 TOUCHED = 1e-8  # of the energy of the row of an embedding table that changed most
 
@@ -57,7 +58,8 @@ def lora_tokens(*, length: Length | None = None) -> Attack:
     long as fewer inputs than the rank were read; where positions are added, by a check of every token at every position
     (`pairs`). Where the embeddings were trained, the rows that changed are read.
 
-    The order of tokens is not told (see `span`), and a causal model's last token of each text is read by nobody.
+    The order of tokens is told of a single text to which positions are added (`order`), at any rank, and else not (see
+    `span`). A causal model's last token of each text is read by nobody.
 
     Certificate: the share of the rows that the tokens account for, less what as many vectors would by chance. Certain:
     nothing is left but rounding, and there are fewer atoms than half of the width and the rank: then no other
@@ -104,6 +106,7 @@ class Found(NamedTuple):
         source: what was read, in a line.
         length: positions found.
         estimated: whether the rows are not known, so that nothing is proven.
+        text: the whole text in its order, where it is a single one and positions are added.
     """
 
     picks: Sequence[Pick]
@@ -114,6 +117,7 @@ class Found(NamedTuple):
     source: str
     length: int
     estimated: bool = False
+    text: tuple[int, ...] | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -167,8 +171,9 @@ def bag(sent: Sent, row: int, base: Base, length: int | None) -> RevealedText:
         why=f"{found.source}: {left}{only}" if found.picks else f"{found.source}: nothing stands out",
         seconds=time.perf_counter() - began,
         tokens=tuple(tokens_of(found.picks)),
-        sentences=(),
+        sentences=() if found.text is None else (found.text,),
         rank=found.rank,
+        sentence_scores=() if found.text is None else (found.explained,),
     )
 
 
@@ -232,6 +237,8 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
         picks = search.run()
         used, source = search.basis.shape[1], bag_of(modules, atoms)
         found = Found(picks, search.explained, used, lens.rank, atoms.width, source, search.length, estimated)
+        if found.explained > READABLE:
+            found = found._replace(text=search.text())
         best = max(best or found, found, key=lambda each: each.explained)
         if found.is_whole:
             break

