@@ -10,8 +10,6 @@ from torch import Tensor
 from fedllm_sec.attacks.reconstruction.adam import SETTLED, Adam
 from fedllm_sec.attacks.reconstruction.search import Pick, Search
 
-MARGIN = 2  # times what is needed: the paths are not quite straight, and chance brings more than it should
-
 
 @dataclass
 class Likeliest(Search[Adam]):
@@ -64,7 +62,7 @@ class Likeliest(Search[Adam]):
         alone, lengths = self.alone()
         weights = (self.lens.rows @ alone.T).norm(dim=0) * lengths
         losses = [max(0.0, self.lens.loss(without(self.basis, each))) for each in alone]
-        scores = [loss / (loss + MARGIN * self.needed) for loss in losses]
+        scores = [loss / (loss + self.needed) for loss in losses]
         return [Pick(*each) for each in zip(self.picks, scores, weights.tolist(), strict=True)]
 
     def prune(self, judged: list[Pick]) -> bool:
