@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedllm_sec.attacks.reconstruction.families import family_of
 from fedllm_sec.attacks.reconstruction.judge import judge_text, visible_prefix
+from fedllm_sec.attacks.reconstruction.lora_tokens import CLASSIFYING
 from fedllm_sec.attacks.reconstruction.optimizer import Guess, guesses
 from fedllm_sec.attacks.reconstruction.revealed import Revealed, RevealedLabels, RevealedText
 from fedllm_sec.core import Round, Threat
@@ -120,8 +121,9 @@ def reconstruct_adapter(
     weights = open_updates([reference], memory=memory)
     folder = None if base is None else base_folder(base)
     tokenizer = None if folder is None else tokenizer_of(folder)
-    texts = () if truth is None else read_truth(truth, tokenizer, folder)
     config = adapter_config(reference) if reference.is_dir() else None
+    classifies = (config or {}).get("task_type") in CLASSIFYING
+    texts = () if truth is None else read_truth(truth, tokenizer, folder, classifies=classifies)
     tried: list[Reconstruction] = []
     for guess in guesses(rows, how.optimizer, how.learning_rate, how.steps):
         victim = victim_of(guess, how, folder, config)
@@ -175,12 +177,14 @@ def tokenizer_of(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+    except Exception:  # whatever transformers makes of somebody else's files
         return None
 
 
-def read_truth(path: Path, tokenizer: Any, folder: Path | None) -> tuple[tuple[int, ...], ...]:
-    """The texts that were trained on, as far as an update can tell of them.
+def read_truth(
+    path: Path, tokenizer: Any, folder: Path | None, *, classifies: bool = False
+) -> tuple[tuple[int, ...], ...]:
+    """The texts that were trained on, as far as an update can tell of them; a classifier reads all of them.
 
     Raises:
         InputError: if they cannot be read, or there is nothing to tokenise them with.
@@ -188,10 +192,10 @@ def read_truth(path: Path, tokenizer: Any, folder: Path | None) -> tuple[tuple[i
     if folder is None:
         raise InputError(f"--truth {path}: texts are compared as tokens of the base model; give --base")
     texts = [each["text"] if isinstance(each, dict) and "text" in each else each for each in read_texts(path)]
-    causal = family_of(read_json(folder / "config.json"), folder).causal
+    causal = family_of(read_json(folder / "config.json"), folder).causal and not classifies
     result = []
     for text in texts:
-        if isinstance(text, list) and all(isinstance(token, int) for token in text):
+        if isinstance(text, list) and text and all(type(token) is int for token in text):
             result.append(visible_prefix(text, causal))
         elif not isinstance(text, str):
             raise InputError(f"{path}: holds {str(text)[:60]!r}, which is neither a text nor a list of token ids")

@@ -57,8 +57,8 @@ class Adam:
 
     @property
     def rank(self) -> int:
-        """k."""
-        return len(self.rows)
+        """k, or the width if that is less."""
+        return min(self.rows.shape)
 
     def look(self, basis: Tensor, steps: int = 6) -> None:
         """Some steps of the expectation-maximisation."""

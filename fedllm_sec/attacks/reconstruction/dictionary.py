@@ -35,8 +35,14 @@ class Checkpoint:
             raise InputError(f"{folder}: no such folder; the base model's is needed, with config.json and safetensors")
         self.folder = folder
         self.config: Mapping[str, Any] = read_json(folder / "config.json")
+        if not isinstance(self.config, dict):
+            raise InputError(f"{folder / 'config.json'}: is not a model's configuration")
         if (folder / INDEX).is_file():
-            self.files = {name: folder / file for name, file in read_json(folder / INDEX)["weight_map"].items()}
+            index = read_json(folder / INDEX)
+            names = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+                raise InputError(f"{folder / INDEX}: has no weight_map; is it a whole checkpoint?")
+            self.files = {name: folder / file for name, file in names.items()}
         elif (folder / "model.safetensors").is_file():
             with self.opened(folder / "model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), folder / "model.safetensors")
@@ -52,7 +58,9 @@ class Checkpoint:
 
     def name(self, ending: str) -> str | None:
         """The one tensor of that name, whatever the head's prefix; None if there is none."""
-        found = [name for name in self.files if name == ending or name.endswith(f".{ending}")]
+        old = ending.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        endings = tuple(f".{each}" for each in dict.fromkeys((ending, old)))  # BERT's own checkpoints have old names
+        found = [name for name in self.files if f".{name}".endswith(endings)]
         return min(found, key=len, default=None)
 
     def read(self, ending: str, start: int = 0, stop: int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ A row of the gradient of LoRA's A (or of a weight) is a combination of what the 
 from collections.abc import Sequence
 
 import torch
+from scipy.linalg import svd
 from torch import Tensor
 
 ROUNDING = 2.0**-24  # of a float32, relative
@@ -38,7 +39,7 @@ class Exact:
     ):
         self.given, self.anchors, self.decay = list(modules), list(received), decay
         pairs = list(zip(modules, received, strict=True))
-        rounding = [ROUNDING * base.norm(dim=1) * len(base) ** 0.5 / module.norm() for module, base in pairs]
+        rounding = [ROUNDING * base.norm(dim=1) * len(base) ** 0.5 / length(module) for module, base in pairs]
         self.rows, each = joined(self.given), torch.cat(rounding)
         self.noise = noise + (each if len(each) == len(self.rows) else each.max().expand(len(self.rows)))
 
@@ -57,7 +58,8 @@ class Exact:
         """The share of the rows in the span of a (d, q) basis, less what as many vectors would bring by chance."""
         width = self.rows.shape[1]
         free = width - basis.shape[1]
-        left = float(1 - (self.rows @ basis).square().sum() / self.rows.square().sum())
+        energy = self.rows.square().sum()
+        left = float(1 - (self.rows @ basis).square().sum() / energy) if energy > 0 else 1.0
         return max(0.0, 1 - left * width / free) if free > 0 else 0.0
 
     def directions(self, basis: Tensor) -> Tensor:
@@ -67,20 +69,29 @@ class Exact:
 
 def spanned(rows: Tensor, least: float) -> Tensor:
     """(d, m) orthonormal: the row space, without directions of singular values up to the least."""
-    _, values, right = torch.linalg.svd(rows, full_matrices=False)
+    try:
+        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+    except RuntimeError:  # LAPACK's faster driver may not converge where singular values are alike
+        _, found, basis = svd(rows.numpy(), full_matrices=False, lapack_driver="gesvd")
+        values, right = torch.from_numpy(found), torch.from_numpy(basis)
     space: Tensor = right[values > least].T
     return space
 
 
 def joined(modules: Sequence[Tensor]) -> Tensor:
     """The rows of all modules, each module scaled so that its rows have a length of 1 in the mean."""
-    scaled = torch.cat([module * len(module) ** 0.5 / module.norm() for module in modules])
+    scaled = torch.cat([module * len(module) ** 0.5 / length(module) for module in modules])
     if len(scaled) <= scaled.shape[1] // 4:
         return scaled
     _, values, right = torch.linalg.svd(scaled, full_matrices=False)
     kept = values > values[0] * 1e-7
     space: Tensor = (values[:, None] * right)[kept] / len(scaled) ** 0.5
     return space
+
+
+def length(module: Tensor) -> float:
+    """The norm of a matrix; of one that is zero, because nothing but weight decay changed it, the least number."""
+    return max(float(module.norm()), torch.finfo(torch.float32).tiny)
 
 
 def undecayed(rows: Tensor, received: Tensor, basis: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from fedllm_sec.attacks.reconstruction.reading import (
 )
 from fedllm_sec.attacks.reconstruction.revealed import FoundToken, RevealedText
 from fedllm_sec.attacks.reconstruction.search import Pick
-from fedllm_sec.attacks.reconstruction.second_layer import check
+from fedllm_sec.attacks.reconstruction.second_layer import Check, check
 from fedllm_sec.core import Attack, Threat
 from fedllm_sec.registry import attack
 from fedllm_sec.updates.errors import InputError
@@ -41,10 +41,10 @@ from fedllm_sec.updates.update_set import UpdateSet
 from fedllm_sec.victim import Victim
 
 Length = Annotated[int, Field(ge=1)]
-SURE = 1e-4  # of the rows' energy: so little left unexplained is rounding
-READABLE = 0.9  # of the rows, so that coefficients tell which token is where
+ALL = 1e-4  # of the pairs at most may have passed by chance
 TRUSTED = 0.5  # of the pairs at least, or none are
-TOUCHED = 1e-8  # of the energy of the row of an embedding table that changed most
+CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")  # PEFT's tasks without a head of words
+HEADS = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # of words, where a checkpoint has its own
 
 
 @attack("lora_tokens", paper="this project; Davies and Eldar 2012, arXiv:1004.4529 (pursuit); DAGER, arXiv:2405.15586")
@@ -105,7 +105,8 @@ class Found(NamedTuple):
         width: of it.
         source: what was read, in a line.
         length: positions found.
-        estimated: whether the rows are not known, so that nothing is proven.
+        is_whole: whether nothing but rounding is left of rows that are known.
+        ambiguous: whether another token is as good as one of these.
         text: the whole text in its order, where it is a single one and positions are added.
     """
 
@@ -116,18 +117,14 @@ class Found(NamedTuple):
     width: int
     source: str
     length: int
-    estimated: bool = False
+    is_whole: bool = False
+    ambiguous: bool = False
     text: tuple[int, ...] | None = None
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing but rounding is left."""
-        return self.explained > 1 - SURE
-
-    @property
     def is_unique(self) -> bool:
-        """Whether no other set of so few atoms can explain as much."""
-        return not self.estimated and 2 * self.atoms < self.width + self.rank
+        """Whether no other set of so few atoms can explain as much; one dimension of the width is the norm's mean."""
+        return not self.ambiguous and 2 * self.atoms < self.width - 1 + self.rank
 
 
 def base_of(threat: Threat, method: str) -> Base:
@@ -193,16 +190,20 @@ def searched(sent: Sent, base: Base, length: int | None) -> Found:
     modules = from_a(sent, base.family, "lora_tokens") + from_weights(
         sent, base.family, base.atoms.width, "lora_tokens"
     )
+    if wrong := [module for module in modules if module.change.shape[1] != base.atoms.width]:
+        raise InputError(
+            f"lora_tokens: {wrong[0].name} reads {wrong[0].change.shape[1]} numbers, and the base model "
+            f"{base.victim.base} has {base.atoms.width}: give the base that was trained (Victim.base)"
+        )
     if modules:
         return best_reading(modules, base.atoms, base.victim, length)
     through = from_b(sent, base.family, "lora_tokens")
     if through:
         found = checked(sent, base)
-        if found and found.is_whole:
-            return found
-        tries = [best_reading([module], base.atoms.through(matrix), base.victim, length) for module, matrix in through]
-        tries = [each._replace(source="A did not change; B of the first layer") for each in tries]
-        return max([*tries, *([found] if found else [])], key=lambda each: each.explained)
+        if not any(each.is_whole for each in found):
+            tries = [best_reading([m], base.atoms.through(matrix), base.victim, length) for m, matrix in through]
+            found += [each._replace(source="A did not change; B of the first layer") for each in tries]
+        return together(found)
     if not readers(sent.rows, base.family, [A, B, ".weight"]):
         raise InputError(
             f"lora_tokens: {sent.rows.clients[sent.row]} trains nothing that reads the first layer's input "
@@ -211,20 +212,43 @@ def searched(sent: Sent, base: Base, length: int | None) -> Found:
     return Found((), 0.0, 0, 0, base.atoms.width, "the first layer's readers did not change", 0)
 
 
-def checked(sent: Sent, base: Base) -> Found | None:
-    """The tokens of the pairs that pass the check of B; None where positions are not added, or it tells nothing."""
+def checked(sent: Sent, base: Base) -> list[Found]:
+    """The tokens of the pairs that pass the check of each B; none where positions are not added, or it is blind."""
     if base.family.positions is None or (base.victim.optimizer != "sgd" and base.victim.steps > 1):
-        return None
-    space = check(sent, base.family, base.atoms.width, "lora_tokens")
-    if space is None or not space.is_telling:
-        return None
-    read = pairs(space, base.checkpoint, base.family, base.atoms.memory)
-    if read.trusted < TRUSTED:
-        return None
-    nearest = {pair.token: pair.distance for pair in reversed(read.pairs)}
-    picks = [Pick(token, 1 - far**2, 1.0) for token, far in sorted(nearest.items(), key=lambda each: each[1])]
-    count, width = len(read.pairs), len(space.spaces[0].basis)
-    return Found(picks, read.trusted, count, space.rank, width, f"A did not change; B of {count} inputs", 0)
+        return []
+    every = check(sent, base.family, base.atoms.width, "lora_tokens")
+    found = []
+    for space in every.spaces if every else ():
+        one = Check((space,))
+        if not one.is_telling:
+            continue
+        read = pairs(one, base.checkpoint, base.family, base.atoms.memory)
+        if read.trusted < TRUSTED:
+            continue
+        nearest = {pair.token: pair.distance for pair in reversed(read.pairs)}
+        picks = [Pick(token, 1 - far**2, 1.0) for token, far in sorted(nearest.items(), key=lambda each: each[1])]
+        count, width = len(read.pairs), len(space.basis)
+        source = f"A did not change; B of {count} inputs"
+        found.append(Found(picks, read.trusted, count, one.rank, width, source, 0, read.trusted > 1 - ALL))
+    return found
+
+
+def together(found: Sequence[Found]) -> Found:
+    """What several modules tell, each by itself: all of those of which nothing is left, or the best.
+
+    Not all tokens reach all modules: a query of a causal model's first token has no gradient. It is certain that one
+    module saw all only if no other one saw more.
+    """
+    whole = [each for each in found if each.is_whole]
+    if not whole:
+        return max(found, key=lambda each: each.explained)
+    most = max(whole, key=lambda each: each.rank)
+    scores: dict[int, Pick] = {}
+    for pick in (pick for each in whole for pick in each.picks):
+        scores[pick.token] = max(scores.get(pick.token, pick), pick, key=lambda each: each.score)
+    apart = len(scores) > len(most.picks)
+    picks = sorted(scores.values(), key=lambda pick: pick.score, reverse=True)
+    return most._replace(picks=picks, ambiguous=most.ambiguous or apart)
 
 
 def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, length: int | None) -> Found:
@@ -232,14 +256,13 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
     best: Found | None = None
     for lens, units in readings(modules, atoms, victim):
         start = length or 0
-        estimated = isinstance(lens, Adam)
         search = Likeliest(lens, units, start) if isinstance(lens, Adam) else Pursuit(lens, units, start)
         picks = search.run()
         used, source = search.basis.shape[1], bag_of(modules, atoms)
-        found = Found(picks, search.explained, used, lens.rank, atoms.width, source, search.length, estimated)
-        if found.explained > READABLE:
-            found = found._replace(text=search.text())
-        best = max(best or found, found, key=lambda each: each.explained)
+        found = Found(picks, search.explained, used, lens.rank, atoms.width, source, search.length)
+        if isinstance(search, Pursuit) and search.is_whole:
+            found = found._replace(is_whole=True, ambiguous=search.is_ambiguous, text=search.text())
+        best = max(best or found, found, key=lambda each: (each.is_whole, each.explained))
         if found.is_whole:
             break
     assert best is not None
@@ -247,17 +270,26 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
 
 
 def trained_rows(sent: Sent, base: Base) -> Found | None:
-    """The tokens whose embeddings changed; None where embeddings were not trained, or all changed (a tied head)."""
+    """The tokens whose embeddings changed; None where they were not trained, or a head that is tied to them was."""
     named = [name for name in sent.rows.layout.sizes if name.endswith(f".{base.family.words}")]
-    if not named or (base.family.causal and base.checkpoint.config.get("tie_word_embeddings")):
+    if not named or may_be_tied(sent, base):
         return None
     energy = changed(sent, named[0], base.atoms.width, base.victim)
-    touched = (energy > TOUCHED * energy.max()).nonzero().flatten().tolist()
-    if not touched or 2 * len(touched) > len(energy):
+    touched = energy.nonzero().flatten().tolist()
+    if not touched or 2 * len(touched) > base.atoms.size:
         return None
     picks = [Pick(token, 1.0, float(energy[token]) ** 0.5) for token in touched]
     picks.sort(key=lambda pick: pick.weight, reverse=True)
-    return Found(picks, 1.0, 0, len(touched), base.atoms.width, "rows of the trained embeddings that changed", 0)
+    source = "rows of the trained embeddings that changed"
+    return Found(picks, 1.0, 0, len(touched), base.atoms.width, source, 0, is_whole=True)
+
+
+def may_be_tied(sent: Sent, base: Base) -> bool:
+    """Whether a head of words may share the embeddings, of which training then changes many a row that was not read."""
+    task = (base.victim.adapter or {}).get("task_type")
+    classifies = any("classifier" in name or ".score." in name for name in sent.rows.layout.sizes)
+    own = any(name.endswith(HEADS) for name in base.checkpoint.files)
+    return not (task in CLASSIFYING or classifies or own)
 
 
 def changed(sent: Sent, name: str, width: int, victim: Victim) -> Tensor:
@@ -269,6 +301,6 @@ def changed(sent: Sent, name: str, width: int, victim: Victim) -> Tensor:
     for span, (change, base) in both.blocks(part):
         decay = decayed * base.double()
         values = change.double() + decay
-        values[values.abs() < ROUNDING * base.double().abs()] = 0
+        values[values.abs() < 2 * ROUNDING * base.double().abs()] = 0
         energy.index_add_(0, torch.arange(span.start, span.stop) // width, values.square().cpu())
     return energy

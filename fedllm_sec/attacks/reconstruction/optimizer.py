@@ -54,7 +54,7 @@ def guesses(updates: UpdateSet, optimizer: str | None, rate: float | None, steps
     moves = sample(updates)
     known: Optimizer = optimizer or ("adamw" if is_flat(moves) else "sgd")  # type: ignore[assignment]
     told = optimizer is not None
-    if known == "sgd":
+    if known == "sgd" or not len(moves):
         return [Guess(known, rate or 1.0, steps or 1, told)]
     total = commonest(moves)
     possible = [steps] if steps else [max(1, round(total / rate))] if rate else [1, MANY]

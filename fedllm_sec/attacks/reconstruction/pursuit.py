@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fedllm_sec.attacks.reconstruction.lenses import Exact
+from fedllm_sec.attacks.reconstruction.order import order
 from fedllm_sec.attacks.reconstruction.search import Pick, Search
 
 NOTHING = 1e-10  # of the rows' energy
@@ -54,3 +55,21 @@ class Pursuit(Search[Exact]):
         self.begin()
         self.lens.look(self.basis)
         return sorted(self.judge(), key=lambda pick: pick.score, reverse=True)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left but rounding."""
+        return not self.lens.directions(self.basis).shape[1]
+
+    def text(self) -> tuple[int, ...] | None:
+        """The tokens of a single text in their order; None where they are of several, or positions are not added."""
+        if not self.length or not self.picks:
+            return None
+        vectors = torch.cat([self.fixed, self.atoms.atoms(self.picks)])
+        dual = torch.linalg.pinv(vectors, rtol=1e-9).T
+        coefficients = dual @ self.lens.rows.T  # (atoms, k)
+        noise = dual.norm(dim=1)[:, None] * self.lens.noise / self.atoms.width**0.5  # a row's is spread over its width
+        first = len(self.atoms.constants)
+        places = slice(first, first + self.length)
+        found = order(coefficients[places.stop :], coefficients[places], noise[places.stop :], noise[places])
+        return None if found is None else tuple(self.picks[place] for place in found)

@@ -6,9 +6,9 @@ a real language model its second differences were 10^-4 of it, where h was 10^-2
 
     S = sign(g) * K * (F(h / g) - (eps / |g|) * G(h / g)),   F(x) = mean of m / sqrt(v),   G(x) = mean of m / v,
 
-for gradients 1, 1 + x, 1 + 2 x, ... F rises from x = -infinity to its peak, somewhat above 1 and at x of about 0.1, and
-falls beyond it. So for either sign of g there is one x on either side of the peak at most that explains S. For each,
-the point (g, h) lies on a half-line: h = x g + eps * sign(g) * G(x) / F'(x). Shapes: k rows, d wide.
+for gradients 1, 1 + x, 1 + 2 x, ... F rises from x = -infinity to its peak above 1 (at 0.12 for K = 5, at 1.5 for
+K = 100) and falls beyond it. So for either sign of g there is one x on either side of the peak at most that explains S.
+For each, the point (g, h) lies on a half-line: h = x g + eps * sign(g) * G(x) / F'(x). Shapes: k rows, d wide.
 """
 
 import math
@@ -143,10 +143,11 @@ def one_sided(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     variance = (square - mean**2).clamp(min=0)
     far, near = t < -30, t > 1e3
     away = t.clamp(max=-30)
-    mass = torch.where(far, -away * away / 2 - 2 * (-away).log() - math.log(math.sqrt(2 * math.pi)), mass)
+    tail = (-6 / away**2).log1p() - 2 * (-away).log()  # two terms of the asymptotic series, here and below
+    mass = torch.where(far, -away * away / 2 + tail - math.log(math.sqrt(2 * math.pi)), mass)
     mass = torch.where(near, t.clamp(min=1e3).log(), mass)
-    mean = torch.where(far, -2 / away, torch.where(near, t, mean))
-    return mass, mean, torch.where(far, 2 / away**2, torch.where(near, 1.0, variance))
+    mean = torch.where(far, -2 / away * (1 - 6 / away**2), torch.where(near, t, mean))
+    return mass, mean, torch.where(far, 2 / away**2 * (1 - 18 / away**2), torch.where(near, 1.0, variance))
 
 
 def power_moments(t: Tensor, below: Tensor, bell: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,6 +80,9 @@ def readers(updates: UpdateSet, family: Family, endings: Sequence[str]) -> dict[
 def from_a(sent: Sent, family: Family, method: str) -> list[Module]:
     """The factors A of the first layer's readers; none that did not change."""
     found = [parts[A] for parts in readers(sent.rows, family, [A]).values()]
+    shapes = dict(sent.rows.layout.shapes)
+    if odd := [name for name in found if len(shapes[name]) != 2 or not all(shapes[name])]:
+        raise InputError(f"{method}: {odd[0]} has the shape {list(shapes[odd[0]])}; a factor A is (r, d)")
     changes, known = sent.values(found, method)
     return [Module(name, changes[name], known[name]) for name in found if changes[name].any()]
 

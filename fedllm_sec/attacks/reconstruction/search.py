@@ -19,7 +19,6 @@ from scipy.stats import beta
 from torch import Tensor
 
 from fedllm_sec.attacks.reconstruction.dictionary import Dictionary
-from fedllm_sec.attacks.reconstruction.order import order
 
 PATIENCE = 32  # atoms in a row that chance explains as well: then there is nothing more to be found
 WINDOW = 16  # positions behind the last one known that a text may reach
@@ -195,15 +194,19 @@ class Search(Generic[AnyLens]):
         """The share that the tokens account for, less what as many vectors would by chance: 0 to 1."""
         return self.lens.explained(self.basis) if self.picks else 0.0
 
-    def text(self) -> tuple[int, ...] | None:
-        """The tokens of a single text in their order; None where they are of several, or positions are not added."""
-        if not self.length or not self.picks:
-            return None
-        vectors = torch.cat([self.fixed, self.atoms.atoms(self.picks)])
-        coefficients = torch.linalg.pinv(vectors, rtol=1e-9).T @ self.lens.rows.T  # (atoms, k)
-        first = len(self.atoms.constants)
-        places = order(coefficients[first + self.length :], coefficients[first : first + self.length])
-        return None if places is None else tuple(self.picks[place] for place in places)
+    @property
+    def is_ambiguous(self) -> bool:
+        """Whether another token's atom lies in the span of those taken, or these are dependent."""
+        dependent = len(self.fixed_basis) + len(self.picks) > self.basis.shape[1]
+        self.deficits(self.basis[:, :0])  # brings the lengths beside the basis up to date
+        inside = (self.squares <= SPANNED * self.atoms.squares) & (self.atoms.squares > 0)
+        inside[self.picks] = False
+        return dependent or bool(inside.any())
+
+    @property
+    def fixed_basis(self) -> Tensor:
+        """(q, d) orthonormal, of what the norm and the positions bring."""
+        return orthonormal(self.fixed.T, 1e-9).T
 
 
 def orthonormal(columns: Tensor, tolerance: float) -> Tensor:

@@ -97,7 +97,7 @@ def test_moments_by_quadrature(t):
 
 def test_moments_far_away():
     mass, mean, variance = one_sided(torch.tensor([1e8, -1e8], dtype=DOUBLE))
-    assert mean.tolist() == [1e8, 2e-8]
+    assert mean.tolist() == [1e8, pytest.approx(2e-8)]
     assert variance.tolist() == [1.0, pytest.approx(2e-16)]
     assert mass[0].item() == pytest.approx(np.log(1e8))
 
