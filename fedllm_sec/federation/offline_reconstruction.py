@@ -9,9 +9,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fedllm_sec.attacks.reconstruction.embeddings import CLASSIFYING
 from fedllm_sec.attacks.reconstruction.families import family_of
 from fedllm_sec.attacks.reconstruction.judge import judge_text, visible_prefix
-from fedllm_sec.attacks.reconstruction.lora_tokens import CLASSIFYING
 from fedllm_sec.attacks.reconstruction.optimizer import Guess, guesses
 from fedllm_sec.attacks.reconstruction.revealed import Revealed, RevealedLabels, RevealedText
 from fedllm_sec.core import Round, Threat

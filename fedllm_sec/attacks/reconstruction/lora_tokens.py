@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from fedllm_sec.attacks.reconstruction.adam import Adam
 from fedllm_sec.attacks.reconstruction.dictionary import Checkpoint, Dictionary, dictionary
+from fedllm_sec.attacks.reconstruction.embeddings import changed, may_be_tied
 from fedllm_sec.attacks.reconstruction.families import Family, family_of
 from fedllm_sec.attacks.reconstruction.gradients import victim_of
-from fedllm_sec.attacks.reconstruction.lenses import ROUNDING
 from fedllm_sec.attacks.reconstruction.likeliest import Likeliest
 from fedllm_sec.attacks.reconstruction.pairs import pairs
 from fedllm_sec.attacks.reconstruction.pursuit import Pursuit
@@ -36,15 +34,13 @@ from fedllm_sec.attacks.reconstruction.second_layer import Check, check
 from fedllm_sec.core import Attack, Threat
 from fedllm_sec.registry import attack
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.layout import Layout
 from fedllm_sec.updates.update_set import UpdateSet
 from fedllm_sec.victim import Victim
 
 Length = Annotated[int, Field(ge=1)]
+FINE = 1e-4  # of a row: with more noise than this in all of them a token may have been lost in it
 ALL = 1e-4  # of the pairs at most may have passed by chance
 TRUSTED = 0.5  # of the pairs at least, or none are
-CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "FEATURE_EXTRACTION", "QUESTION_ANS")  # PEFT's tasks without a head of words
-HEADS = ("lm_head.weight", "embed_out.weight", "decoder.weight")  # of words, where a checkpoint has its own
 
 
 @attack("lora_tokens", paper="this project; Davies and Eldar 2012, arXiv:1004.4529 (pursuit); DAGER, arXiv:2405.15586")
@@ -62,8 +58,9 @@ def lora_tokens(*, length: Length | None = None) -> Attack:
     `span`). A causal model's last token of each text is read by nobody.
 
     Certificate: the share of the rows that the tokens account for, less what as many vectors would by chance. Certain:
-    nothing is left but rounding, and there are fewer atoms than half of the width and the rank: then no other
-    set of so few tokens explains the update.
+    nothing is left but a rounding of less than 1e-4, there are fewer atoms than half of the width and the rank, and no
+    other token lies in their span: then no other set of so few tokens explains the update. A token without a gradient
+    leaves no trace, such as the first one of a causal model where only queries are trained.
 
     Args:
         length: of the longest text, in tokens, where it is known and the model adds positions; default: it is found.
@@ -164,7 +161,7 @@ def bag(sent: Sent, row: int, base: Base, length: int | None) -> RevealedText:
         client=sent.rows.clients[row],
         method="lora_tokens",
         certificate=found.explained,
-        certain=whole and lone,
+        certain=whole and lone and bool(found.picks),
         why=f"{found.source}: {left}{only}" if found.picks else f"{found.source}: nothing stands out",
         seconds=time.perf_counter() - began,
         tokens=tuple(tokens_of(found.picks)),
@@ -261,7 +258,8 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
         used, source = search.basis.shape[1], bag_of(modules, atoms)
         found = Found(picks, search.explained, used, lens.rank, atoms.width, source, search.length)
         if isinstance(search, Pursuit) and search.is_whole:
-            found = found._replace(is_whole=True, ambiguous=search.is_ambiguous, text=search.text())
+            blurred = float(search.lens.noise.min()) > FINE or search.is_ambiguous
+            found = found._replace(is_whole=True, ambiguous=blurred, text=search.text())
         best = max(best or found, found, key=lambda each: (each.is_whole, each.explained))
         if found.is_whole:
             break
@@ -272,7 +270,7 @@ def best_reading(modules: Sequence[Module], atoms: Dictionary, victim: Victim, l
 def trained_rows(sent: Sent, base: Base) -> Found | None:
     """The tokens whose embeddings changed; None where they were not trained, or a head that is tied to them was."""
     named = [name for name in sent.rows.layout.sizes if name.endswith(f".{base.family.words}")]
-    if not named or may_be_tied(sent, base):
+    if not named or may_be_tied(sent, base.checkpoint, base.victim):
         return None
     energy = changed(sent, named[0], base.atoms.width, base.victim)
     touched = energy.nonzero().flatten().tolist()
@@ -282,25 +280,3 @@ def trained_rows(sent: Sent, base: Base) -> Found | None:
     picks.sort(key=lambda pick: pick.weight, reverse=True)
     source = "rows of the trained embeddings that changed"
     return Found(picks, 1.0, 0, len(touched), base.atoms.width, source, 0, is_whole=True)
-
-
-def may_be_tied(sent: Sent, base: Base) -> bool:
-    """Whether a head of words may share the embeddings, of which training then changes many a row that was not read."""
-    task = (base.victim.adapter or {}).get("task_type")
-    classifies = any("classifier" in name or ".score." in name for name in sent.rows.layout.sizes)
-    own = any(name.endswith(HEADS) for name in base.checkpoint.files)
-    return not (task in CLASSIFYING or classifies or own)
-
-
-def changed(sent: Sent, name: str, width: int, victim: Victim) -> Tensor:
-    """(V,) float64: by how much each row of a table changed, squared, besides weight decay; one streamed pass."""
-    part = Layout(((name, dict(sent.rows.layout.shapes)[name]),))
-    energy = torch.zeros(part.columns // width, dtype=torch.float64)
-    decayed = 1 - (1 - victim.learning_rate * victim.weight_decay) ** victim.steps
-    both = sent.rows.rows([sent.row]).concat(sent.threat.reference)
-    for span, (change, base) in both.blocks(part):
-        decay = decayed * base.double()
-        values = change.double() + decay
-        values[values.abs() < 2 * ROUNDING * base.double().abs()] = 0
-        energy.index_add_(0, torch.arange(span.start, span.stop) // width, values.square().cpu())
-    return energy

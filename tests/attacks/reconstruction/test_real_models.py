@@ -68,7 +68,7 @@ def test_five_steps_of_adamw_tell_nearly_every_word(batch, r, rate, minilm, shar
     sent = lora_client(tmp_path, minilm, texts, kind="bert", r=r, optimizer="adamw", rate=rate, steps=5)
     recall, precision, found = seen_by(sent, {"optimizer": "adamw", "learning_rate": rate, "steps": 5})
     assert recall >= 0.93
-    assert precision >= 0.95
+    assert precision >= 0.93
     assert not found.certain
     assert found.seconds < 60
 
