@@ -38,7 +38,7 @@ from fedllm_sec.updates.update_set import UpdateSet
 from fedllm_sec.victim import Victim
 
 Length = Annotated[int, Field(ge=1)]
-FINE = 1e-4  # of a row: with more noise than this in all of them a token may have been lost in it
+FINE = 1e-3  # of a row: with more noise than this in all of them a token may have been lost in it
 ALL = 1e-4  # of the pairs at most may have passed by chance
 TRUSTED = 0.5  # of the pairs at least, or none are
 
@@ -58,7 +58,7 @@ def lora_tokens(*, length: Length | None = None) -> Attack:
     `span`). A causal model's last token of each text is read by nobody.
 
     Certificate: the share of the rows that the tokens account for, less what as many vectors would by chance. Certain:
-    nothing is left but a rounding of less than 1e-4, there are fewer atoms than half of the width and the rank, and no
+    nothing is left but a rounding of less than 1e-3, there are fewer atoms than half of the width and the rank, and no
     other token lies in their span: then no other set of so few tokens explains the update. A token without a gradient
     leaves no trace, such as the first one of a causal model where only queries are trained.
 

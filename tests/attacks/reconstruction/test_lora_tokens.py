@@ -90,7 +90,8 @@ def test_every_family_is_one_that_transformers_has():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_tokens_are_found_from_a_rank_far_below_their_number(kind, bases, tmp_path):
-    sent = lora_client(tmp_path, bases[kind], random_texts(4, 8), kind=kind, r=2)
+    rate = 10.0 if kind == "bert" else 0.1  # its gradients are small here, and would be lost in the rounding of A
+    sent = lora_client(tmp_path, bases[kind], random_texts(4, 8), kind=kind, r=2, rate=rate)
     found = look(sent)
     assert len(sent.tokens) > 3 * found.rank
     assert recall_and_precision(found, sent) == (1.0, 1.0)
