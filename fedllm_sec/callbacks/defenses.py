@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback
 
+from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received, distance, weights_of
+from fedllm_sec.callbacks.weights import Received, weights_of
 from fedllm_sec.defenses.client_side import FlWbc
 from fedllm_sec.randomness import derived_seed
 from fedllm_sec.training.base_model import freeze_a
@@ -69,7 +70,7 @@ class ClipUpdate(OnWeights):
     def project(self) -> None:
         """Go to the nearest point of the ball."""
         now, names = self.weights.read(), self.weights.trained
-        self.length = distance(now, self.start, names)
+        self.length = distance({name: now[name] for name in names}, self.start)
         if self.length > self.norm:
             share = self.norm / self.length
             self.weights.write({name: torch.lerp(self.start[name], now[name], share) for name in names})

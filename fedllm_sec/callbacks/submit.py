@@ -8,8 +8,10 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
+from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received, distance
+from fedllm_sec.callbacks.weights import Received
+from fedllm_sec.training.base_model import adapter_config
 from fedllm_sec.updates.errors import InputError
 
 
@@ -81,13 +83,12 @@ class SubmitUpdate(OnWeights):
         from fedllm_sec.federation.run_folder import save_adapter
         from fedllm_sec.updates.files import atomic_file
 
-        config = self.model.peft_config["default"].to_dict()
-        config = {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+        config = adapter_config(self.model)
         claims = {
             "num_samples": self.samples,
             "loss": mean_loss(state),
             "steps": state.global_step,
-            "update_norm": distance(now, self.start, list(now)),
+            "update_norm": distance(now, self.start),
             "received_sha256": digest(self.start),
             "base_model": config.get("base_model_name_or_path"),
             "base_config_sha256": hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest(),

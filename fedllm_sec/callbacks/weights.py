@@ -1,6 +1,6 @@
 """The weights that a `Trainer` trains, by the names that they have in an adapter file, in one process or several."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedllm_sec.training import sharded
+from fedllm_sec.training.base_model import peft_key
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.sources import adapter_file
 
@@ -72,16 +73,11 @@ def weights_of(model: Any) -> Weights:
     for name, parameter in model.named_parameters():
         of_adapter = isinstance(model, PeftModel) and any(part in name for part in (".lora_", ".modules_to_save."))
         if parameter.requires_grad or of_adapter:
-            kept[file_name(name)] = parameter
+            kept[peft_key(name)] = parameter
     if not any(parameter.requires_grad for parameter in kept.values()):
         raise InputError("nothing of the model is trained: put an adapter on it, or let some weights require gradients")
     engine = any(hasattr(each, "ds_id") or hasattr(each, "_hp_mapping") for each in kept.values())
     return Weights(kept, engine)
-
-
-def file_name(parameter: str) -> str:
-    """The name in an adapter file: PEFT writes neither the adapter's name nor where it keeps a module that it saves."""
-    return parameter.replace(".modules_to_save.default.", ".").replace(".default.", ".")
 
 
 def received_values(received: Received | None, weights: Weights, step: int, who: str) -> dict[str, Tensor]:
@@ -117,8 +113,3 @@ def load(path: Path, who: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{who}: {file}: is not a whole safetensors file ({error})") from None
     return state
-
-
-def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    """The 2-norm of a difference over some tensors together, summed in float64."""
-    return float(sum((one[name] - other[name]).double().square().sum().item() for name in names) ** 0.5)

@@ -65,9 +65,8 @@ class BaseModel:
         return {name: sharded.full_value(parameter) for name, parameter in self.parameters.items()}
 
     def adapter_config(self) -> dict[str, Any]:
-        """PEFT's adapter configuration, with its sets in order, so that it has the same bytes in every process."""
-        config = self.model.peft_config["default"].to_dict()
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+        """PEFT's adapter configuration."""
+        return adapter_config(self.model)
 
 
 def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bool = False) -> BaseModel:
@@ -239,6 +238,12 @@ def freeze_a(parameters: Mapping[str, torch.nn.Parameter]) -> None:
             parameter.requires_grad_(False)
 
 
+def adapter_config(model: Any) -> dict[str, Any]:
+    """A `PeftModel`'s adapter configuration, with its sets in order, so that it has the same bytes in every process."""
+    config = model.peft_config["default"].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
+
+
 def peft_key(parameter: str) -> str:
-    """The name that PEFT gives a parameter in an adapter file."""
-    return parameter.replace(".default", "")
+    """The name that PEFT gives a parameter in an adapter file: without the adapter's, and where it keeps a module."""
+    return parameter.replace(".modules_to_save.default", "").replace(".default", "")

@@ -21,7 +21,7 @@ from fedllm_sec.callbacks import (
     ReplaceModel,
     SubmitUpdate,
 )
-from fedllm_sec.callbacks.weights import file_name
+from fedllm_sec.training.base_model import peft_key
 from fedllm_sec.training.sharded import full_value
 from tests.callbacks.clients import RATE, arguments, data, length, model, trained
 
@@ -45,7 +45,7 @@ def test_the_example_of_the_docstring_runs(kind, tmp_path):
         "arguments": arguments(tmp_path / "out"),
         "data": data(),
     }
-    known |= {"folder": tmp_path, "last_change": {file_name(n): p.detach() for n, p in made.named_parameters()}}
+    known |= {"folder": tmp_path, "last_change": {peft_key(n): p.detach() for n, p in made.named_parameters()}}
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(kind), known, kind.__name__, None, 0)
     assert examples.examples
     quiet(model=made, args=known["arguments"], train_dataset=known["data"])  # the first one prints an empty line
@@ -136,8 +136,8 @@ def test_replacement_scales_what_was_learnt(tmp_path):
 def test_only_the_coordinates_that_moved_least_are_trained(tmp_path):
     made = model()
     generator = torch.Generator().manual_seed(0)
-    names = {name: file_name(name) for name, value in made.named_parameters() if "lora" in name}
-    change = {file_name(name): torch.randn(value.shape, generator=generator) for name, value in made.named_parameters()}
+    names = {name: peft_key(name) for name, value in made.named_parameters() if "lora" in name}
+    change = {peft_key(name): torch.randn(value.shape, generator=generator) for name, value in made.named_parameters()}
     before, after = trained(tmp_path, [MaskGradient(change, ratio=0.3)], made)
     moved = torch.cat([(after[name] != before[name]).flatten() for name in names])
     sizes = torch.cat([change[file].abs().flatten() for file in names.values()])
@@ -169,8 +169,8 @@ def test_what_is_submitted_is_what_the_server_reads(tmp_path):
     saved = load_file(tmp_path / "client_00" / "adapter_model.safetensors")
     change = load_file(tmp_path / "client_00" / "update.safetensors")
     for name in after:
-        assert torch.equal(saved[file_name(name)], after[name])
-        assert torch.equal(change[file_name(name)], after[name] - before[name])
+        assert torch.equal(saved[peft_key(name)], after[name])
+        assert torch.equal(change[peft_key(name)], after[name] - before[name])
     assert saved.keys() == load_file(tmp_path / "global" / "adapter_model.safetensors").keys()
 
 
@@ -236,5 +236,5 @@ def test_a_resumed_training_has_to_be_told_what_was_received(tmp_path):
         resume()
     again = resume(received=tmp_path / "global")
     start = load_file(tmp_path / "global" / "adapter_model.safetensors")
-    after = {file_name(name): full_value(value) for name, value in again.named_parameters() if "lora" in name}
+    after = {peft_key(name): full_value(value) for name, value in again.named_parameters() if "lora" in name}
     assert length(start, after) == pytest.approx(0.01, rel=1e-5)

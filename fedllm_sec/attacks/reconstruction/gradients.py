@@ -60,7 +60,7 @@ def victim_of(threat: Threat, method: str) -> Victim:
     if not (victim.learning_rate > 0 and math.isfinite(victim.learning_rate)):
         raise InputError(f"{method}: a victim's learning_rate is {victim.learning_rate}; it must be above zero")
     for name, least in (("steps", 1), ("batch_size", 1), ("weight_decay", 0), ("momentum", 0)):
-        if not getattr(victim, name) >= least:
+        if not least <= getattr(victim, name) < math.inf:
             raise InputError(f"{method}: a victim's {name} is {getattr(victim, name)}; it must be at least {least}")
     return victim
 

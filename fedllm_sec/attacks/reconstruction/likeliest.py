@@ -34,9 +34,9 @@ class Likeliest(Search[Adam]):
         told = super().step()
         return told and self.lens.likelihood - before > self.needed
 
-    def keep(self, tokens: list[int]) -> bool:
-        """Go back to fewer tokens; say whether that changes anything."""
-        changed = super().keep(tokens)
+    def keep(self, tokens: list[int], length: int | None = None) -> bool:
+        """Go back to fewer, and let the estimate follow; say whether that changes anything."""
+        changed = super().keep(tokens, length)
         if changed:
             self.lens.look(self.basis, steps=SETTLED // 2)
         return changed
@@ -47,8 +47,7 @@ class Likeliest(Search[Adam]):
         judged: list[Pick] = []
         while len(seen) < self.rounds and set(self.picks) not in seen:
             seen.append(set(self.picks))
-            weak = self.explore()
-            self.keep(self.picks[: len(self.picks) - weak])  # an estimate leans to whatever was taken
+            self.keep(*self.explore())  # an estimate leans to whatever was taken
             self.lens.look(self.basis, steps=SETTLED)
             judged = self.judge()
             while self.prune(judged):

@@ -163,15 +163,18 @@ class Search(Generic[AnyLens]):
         self.basis = torch.cat([self.basis, new], dim=1)
         self.pending = torch.cat([self.pending, new], dim=1)
 
-    def explore(self) -> int:
-        """Take atoms until chance would bring as near ones `PATIENCE` times; say how many such there are at the end.
+    def explore(self) -> tuple[list[int], int]:
+        """Take atoms until chance would bring as near ones `PATIENCE` times: one of those may be right all the same.
 
-        One that chance explains as well may be the right one all the same: the next ones tell.
+        Returns:
+            What was taken up to the last step that chance does not explain: tokens, and the number of positions.
         """
-        weak = 0
+        weak, sure = 0, (list(self.picks), self.length)
         while weak < PATIENCE and (told := self.step()) is not None:
             weak = 0 if told else weak + 1
-        return weak
+            if told:
+                sure = list(self.picks), self.length
+        return sure
 
     def alone(self) -> tuple[Tensor, Tensor]:
         """(m, d) what of each token is beside all else that was taken, as directions; and its length in the atom's."""
@@ -180,11 +183,12 @@ class Search(Generic[AnyLens]):
         lengths = inverse.norm(dim=1)
         return inverse / lengths[:, None], lengths * self.atoms.atoms(self.picks).norm(dim=1)
 
-    def keep(self, tokens: list[int]) -> bool:
-        """Go back to fewer tokens; say whether that changes anything."""
-        if len(tokens) == len(self.picks):
+    def keep(self, tokens: list[int], length: int | None = None) -> bool:
+        """Go back to fewer tokens, and positions if their number is given; say whether that changes anything."""
+        length = self.length if length is None else length
+        if (len(tokens), length) == (len(self.picks), self.length):
             return False
-        self.picks = tokens
+        self.picks, self.length = tokens, length
         self.begin()
         self.lens.look(self.basis)
         return True
@@ -197,16 +201,11 @@ class Search(Generic[AnyLens]):
     @property
     def is_ambiguous(self) -> bool:
         """Whether another token's atom lies in the span of those taken, or these are dependent."""
-        dependent = len(self.fixed_basis) + len(self.picks) > self.basis.shape[1]
+        dependent = orthonormal(self.fixed.T, 1e-9).shape[1] + len(self.picks) > self.basis.shape[1]
         self.deficits(self.basis[:, :0])  # brings the lengths beside the basis up to date
         inside = (self.squares <= SPANNED * self.atoms.squares) & (self.atoms.squares > 0)
         inside[self.picks] = False
         return dependent or bool(inside.any())
-
-    @property
-    def fixed_basis(self) -> Tensor:
-        """(q, d) orthonormal, of what the norm and the positions bring."""
-        return orthonormal(self.fixed.T, 1e-9).T
 
 
 def orthonormal(columns: Tensor, tolerance: float) -> Tensor:
