@@ -7,7 +7,7 @@ of precedence is file < scale < `key=value` on the command line. Every fault is 
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import (
@@ -147,6 +147,7 @@ def fields_beside(location: Sequence[Any]) -> list[str]:
         if field is None:  # a name in `arms`
             continue
         model = {"arms": ArmSettings, "claims": Claim}.get(part, field.annotation)
+        model = next((kind for kind in (model, *get_args(model)) if hasattr(kind, "model_fields")), model)  # or None
     return sorted(model.model_fields)
 
 

@@ -59,7 +59,7 @@ class ModelSettings(Strict):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
     load_in_4bit: bool = False  # QLoRA (Dettmers et al. 2023, arXiv:2305.14314): bitsandbytes NF4
-    lora: LoraSettings = LoraSettings()
+    lora: LoraSettings | None = LoraSettings()  # None: train the whole model, and send all of it
 
 
 class PartitionSettings(Strict):

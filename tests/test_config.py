@@ -15,6 +15,7 @@ from fedllm_sec.tasks import task
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("exp*.yaml"))
 OTHERS = sorted((ROOT / "configs").glob("fed*.yaml"))
+EXP08 = ROOT / "configs" / "exp08_bert_20news.yaml"
 EXP09 = ROOT / "configs" / "exp09_pythia_pubmedqa.yaml"
 
 
@@ -34,7 +35,7 @@ def check_that_it_builds(config):
         assert len(methods.defenses) == len(arm.defenses)
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS if path != EXP09], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path not in (EXP08, EXP09)], ids=lambda path: path.stem)
 def test_experiments_1_to_7_are_the_papers(path):
     config = resolve(path, [], "paper")
     federation, training = config.federation, config.training
@@ -52,6 +53,23 @@ def test_experiments_1_to_7_are_the_papers(path):
             assert defense.name in ("krum", "foolsgold", "rfa")
             assert defense.name != "krum" or defense.parameters["m"] == 5
             assert defense.name != "krum" or defense.parameters["f"] == (1 if arm.attack is None else arm.malicious)
+
+
+def test_experiment_8_is_the_papers_with_fednlps_training():
+    config = resolve(EXP08, [], "paper")
+    assert config.federation.clients == 10
+    assert list(config.arms) == ["benign", "attacked", "defended"]
+    attacked, defended = config.arms["attacked"], config.arms["defended"]
+    assert attacked.attack == defended.attack
+    assert attacked.attack.name == "model_replacement"
+    assert attacked.malicious == defended.malicious == 1
+    assert [method.model_dump() for method in defended.defenses] == [{"name": "krum", "m": 5, "f": 1}]
+    assert config.model.path == "google-bert/bert-base-uncased"
+    assert (config.data.train, config.data.test) == ("SetFit/20_newsgroups", "SetFit/20_newsgroups")
+    assert config.task.parameters["max_length"] == 128
+    training = config.training
+    assert (training.batch_size, training.epochs, training.steps, training.optimizer) == (16, 1, None, "adamw")
+    assert (training.weight_decay, training.max_grad_norm) == (1e-3, 1.0)
 
 
 def test_experiment_9_is_the_papers():

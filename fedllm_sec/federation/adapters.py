@@ -1,4 +1,7 @@
-"""A federation of adapters: each client fine-tunes the server's adapter on one shared base, with `Trainer`."""
+"""A federation of adapters: each client fine-tunes the server's adapter on one shared base, with `Trainer`.
+
+Or, without an adapter, the whole base; nothing else changes.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +22,7 @@ from fedllm_sec.federation.progress import StepCallback
 from fedllm_sec.federation.run_folder import SERVER, ArmFolder, client_name, load_adapter, save_adapter
 from fedllm_sec.federation.texts import Data
 from fedllm_sec.federation.world import World
-from fedllm_sec.tasks.encoding import TrainingRows, encode
+from fedllm_sec.tasks.forms import Form
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.client import train_client
@@ -33,7 +36,7 @@ from fedllm_sec.victim import Victim
 
 @dataclass(frozen=True)
 class AdapterLearner:
-    """`Learner` for causal language models with LoRA.
+    """`Learner` for models of transformers that read texts, with LoRA or whole.
 
     Attributes:
         base: the shared model.
@@ -41,7 +44,7 @@ class AdapterLearner:
         data: the texts.
         config: the experiment's.
         world: the processes.
-        max_length: of a text, in tokens.
+        form: of the task.
         evaluate: gives the metrics of an adapter folder.
         judges: the same of the texts on which attacks want to succeed, by their goals; filled as they are asked for.
     """
@@ -51,7 +54,7 @@ class AdapterLearner:
     data: Data
     config: Config
     world: World
-    max_length: int
+    form: Form
     evaluate: Evaluator
     judges: dict[Callable[[Any], Any], Evaluator] = field(default_factory=dict)
 
@@ -80,7 +83,7 @@ class AdapterLearner:
 
     def start(self, folder: Path) -> None:
         """Write the fresh adapter."""
-        save_adapter(self.fresh, self.base.adapter_config(), folder)
+        save_adapter(self.fresh, self.base.configuration(), folder)
 
     def texts(self, client: int) -> Sequence[Example]:
         """A client's texts, or the server's."""
@@ -117,7 +120,7 @@ class AdapterLearner:
             texts = training.poisoning.change(client, texts)
             if local := training.poisoning.local(client):
                 callbacks.append(LocalCallback(local, self.base.parameters))
-        rows = TrainingRows(texts, self.base.tokenizer, self.max_length)
+        rows = self.form.rows(texts)
         index = training.round.index
         seed = training.round.seed_for(client_name(client), "train")
         watched = client in training.victims
@@ -143,7 +146,7 @@ class AdapterLearner:
         if self.world.is_main or not self.world.sharded:
             claims: dict[str, Any] = {"client": client_name(client), "round": index, "num_samples": samples}
             claims |= {"seed": seed, "loss": finite(loss), "steps": turn.steps, "seconds": turn.seconds}
-            save_adapter(turn.adapter, self.base.adapter_config(), training.out / client_name(client), client=claims)
+            save_adapter(turn.adapter, self.base.configuration(), training.out / client_name(client), client=claims)
 
     def keep_truth(self, path: Path, texts: list[list[int]]) -> None:
         """Write what went through the model in a client's turn, for whoever judges an attack."""
@@ -167,13 +170,13 @@ class AdapterLearner:
             momentum=training.momentum if training.optimizer == "sgd" else 0.0,
             max_grad_norm=training.max_grad_norm,
             base=base_folder(self.base),
-            adapter=self.base.adapter_config(),
+            adapter=self.base.configuration() if self.base.is_adapted else None,
         )
 
     def truth(self, folder: ArmFolder, round: Round, client: int) -> Truth:
-        """The texts that went through the model, but for the last token of each (`visible_prefix`)."""
+        """The texts that went through the model, as far as an update can tell of them (`visible_prefix`)."""
         texts = read_json(folder.trained_on(round.index, client))["texts"]
-        visible = dict.fromkeys(visible_prefix(text, causal=True) for text in texts)
+        visible = dict.fromkeys(visible_prefix(text, causal=self.form.causal) for text in texts)
         return Truth(texts=tuple(visible), decode=self.base.tokenizer.decode)
 
     def success(self, folder: Path, goal: Callable[[Any], Any]) -> float:
@@ -182,7 +185,7 @@ class AdapterLearner:
             wanted = goal(self.data.test)
             if not wanted:
                 raise InputError("the attack found no test example to act on; give it another source or target")
-            self.judges[goal] = self.evaluate.on(encode(wanted, self.base.tokenizer, self.max_length))
+            self.judges[goal] = self.evaluate.on(wanted)
         measured = self.judges[goal](folder)
         return measured["accuracy" if "accuracy" in measured else "exact"]
 

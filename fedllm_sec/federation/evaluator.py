@@ -9,11 +9,12 @@ import torch
 
 from fedllm_sec.federation.run_folder import load_adapter
 from fedllm_sec.federation.world import World
-from fedllm_sec.tasks.encoding import Encoded
-from fedllm_sec.tasks.evaluation import Score, batches_by_length, metrics, score
+from fedllm_sec.tasks.evaluation import Score, batches_by_length
+from fedllm_sec.tasks.forms import Form
+from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.sharded import for_inference
-from fedllm_sec.updates.sources import ADAPTER_FILE
+from fedllm_sec.updates.sources import adapter_file
 
 
 class Evaluator:
@@ -21,8 +22,8 @@ class Evaluator:
 
     Args:
         base: the shared model.
-        test: the encoded test set.
-        labels: the tokens of each label.
+        form: of its task.
+        test: the test set.
         batch_size: texts in a forward pass.
         threads: CPU threads, the same for every number of processes.
         world: who shares the work; the batches are the same however many share it, and so are the results.
@@ -31,24 +32,25 @@ class Evaluator:
     def __init__(
         self,
         base: BaseModel,
-        test: Sequence[Encoded],
-        labels: Sequence[list[int]],
+        form: Form,
+        test: Sequence[Example],
         batch_size: int,
         threads: int,
         world: World,
     ):
-        self.base, self.test, self.labels, self.threads, self.world = base, test, labels, threads, world
+        self.base, self.form, self.threads, self.world = base, form, threads, world
         self.batch_size = batch_size
-        self.batches = batches_by_length(test, batch_size)
+        self.test = form.encode(test)
+        self.batches = batches_by_length(self.test, batch_size)
         self.known: dict[str, dict[str, float]] = {}
 
-    def on(self, test: Sequence[Encoded]) -> "Evaluator":
+    def on(self, test: Sequence[Example]) -> "Evaluator":
         """The same for other texts."""
-        return Evaluator(self.base, test, self.labels, self.batch_size, self.threads, self.world)
+        return Evaluator(self.base, self.form, test, self.batch_size, self.threads, self.world)
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """The metrics of an adapter folder, the same on every process."""
-        digest = hashlib.sha256((folder / ADAPTER_FILE).read_bytes()).hexdigest()
+        digest = hashlib.sha256(adapter_file(folder).read_bytes()).hexdigest()
         if digest not in self.known:
             self.known[digest] = self.evaluate(folder)
         return dict(self.known[digest])
@@ -57,12 +59,11 @@ class Evaluator:
         """Score our share of the batches and put all shares together."""
         torch.set_num_threads(self.threads)
         self.base.load_adapter(load_adapter(folder))
-        pad = self.base.tokenizer.pad_token_id
         with for_inference(self.base.model) as model:
             shared = [
                 (i, one)
                 for batch in self.world.share(self.batches)
-                for i, one in zip(batch, score(model, [self.test[i] for i in batch], self.labels, pad), strict=True)
+                for i, one in zip(batch, self.form.score(model, [self.test[i] for i in batch]), strict=True)
             ]
         everything = dict(chain.from_iterable(self.world.gather(shared)))
-        return metrics([Score(*everything[i]) for i in range(len(self.test))], self.test)
+        return self.form.metrics([Score(*everything[i]) for i in range(len(self.test))], self.test)

@@ -35,10 +35,11 @@ from fedllm_sec.models.split import Halves, cut
 from fedllm_sec.randomness import derived_seed
 from fedllm_sec.reports.split import draw_split
 from fedllm_sec.tasks.arrays import ArrayTask
-from fedllm_sec.tasks.encoding import encode, shortened
-from fedllm_sec.tasks.task import Task, task
+from fedllm_sec.tasks.forms import Form, form_of
+from fedllm_sec.tasks.task import Classification, Task, task
 from fedllm_sec.terminal import console
-from fedllm_sec.training.base_model import BaseModel, load_base, prepare_base
+from fedllm_sec.training.base_model import BaseModel, load_base
+from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json, write_json
 
@@ -106,7 +107,7 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     return folder
 
 
-def learner_of(config: Config, work: ArrayTask | Task, world: World) -> Learner:
+def learner_of(config: Config, work: ArrayTask | Task | Classification, world: World) -> Learner:
     """What a task trains.
 
     Raises:
@@ -154,33 +155,34 @@ def exchanges_knowledge(config: Config) -> bool:
     return optimizer.build(chosen.name, chosen.parameters).transfer is not None
 
 
-def adapter_learner(config: Config, work: Task, world: World) -> Learner:
-    """A federation of LoRA adapters on a base model.
+def adapter_learner(config: Config, work: Task | Classification, world: World) -> Learner:
+    """A federation of LoRA adapters on a base model, or of the whole base.
 
     Raises:
         InputError: if base or texts are missing, or a field is for small models only.
     """
     check_for_trainer(config)
     data = load_data(config, work)
-    base = load_base_once(config, world)
-    max_length = check_lengths(base, work, data, world)
-    evaluate = Evaluator(
-        base,
-        encode(data.test, base.tokenizer, max_length),
-        [base.tokenizer(label, add_special_tokens=False)["input_ids"] for label in work.labels],
-        config.eval_batch_size,
-        config.training.threads,
-        world,
-    )
+    base = load_base_once(config, work, world)
+    form = form_of(work, base.tokenizer, check_lengths(base, work, world))
+    if world.is_main:
+        tell_lengths(form, data)
+    evaluate = Evaluator(base, form, data.test, config.eval_batch_size, config.training.threads, world)
     if config.training.gradient_checkpointing:
         base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return AdapterLearner(base, base.adapter(), data, config, world, max_length, evaluate)
+    return AdapterLearner(base, base.adapter(), data, config, world, form, evaluate)
 
 
 def check_for_trainer(config: Config) -> None:
     """Raise InputError for what only small models know."""
-    training, other = config.training, config.model.name
+    training, other, lora = config.training, config.model.name, config.model.lora
     for fault, wrong in {
+        "model.load_in_4bit trains an adapter; without one (model.lora=null) weights cannot change": (
+            config.model.load_in_4bit and lora is None
+        ),
+        "federation.space=product is for LoRA adapters; without one (model.lora=null) use factors": (
+            config.federation.space == "product" and lora is None
+        ),
         f"model.name={other}: task {config.task.name} fine-tunes a base model: set model.path": other is not None,
         "training.batch_size=null is for small models": training.batch_size is None,
         "training.optimizer=adam is for small models; use adamw or sgd": training.optimizer == "adam",
@@ -194,35 +196,47 @@ def check_for_trainer(config: Config) -> None:
             raise InputError(fault)
 
 
-def load_base_once(config: Config, world: World) -> BaseModel:
+def load_base_once(config: Config, work: Task | Classification, world: World) -> BaseModel:
     """Load the base; where something must be made first, the main process makes it while the others wait."""
-    made = ""
+    made, classes = "", work.labels if isinstance(work, Classification) else ()
     if world.is_main:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             bar = progress.add_task("training the embedded base model, once", total=None, visible=False)
             made = prepare_base(
                 config.model,
                 lambda step, steps, loss: progress.update(bar, completed=step, total=steps, visible=True),
+                classifies=bool(classes),
             )
     folder = world.gather(made)[0]
-    base = load_base(config.model, folder, config.seed, is_sharded=world.sharded)
+    base = load_base(config.model, folder, config.seed, is_sharded=world.sharded, classes=classes)
     if world.is_main:
-        lora = base.model.peft_config["default"]
-        modules = ", ".join(sorted(lora.target_modules))
-        console.print(f"base model: {base.description}; LoRA r={lora.r} on {modules}", highlight=False, soft_wrap=True)
+        console.print(f"base model: {base.description}; {trained_part(base)}", highlight=False, soft_wrap=True)
     return base
 
 
-def check_lengths(base: BaseModel, work: Task, data: Data, world: World) -> int:
-    """The longest text that is used, in tokens; say how many are longer, and have their passage cut."""
+def trained_part(base: BaseModel) -> str:
+    """What of a base is trained, for people."""
+    if not base.is_adapted:
+        return "trained whole"
+    lora = base.model.peft_config["default"]
+    heads = sorted({name.split(".")[-2] for name in base.parameters if ".lora_" not in name})
+    beside = f", and {', '.join(heads)} whole" if heads else ""
+    return f"LoRA r={lora.r} on {', '.join(sorted(lora.target_modules))}{beside}"
+
+
+def check_lengths(base: BaseModel, work: Task | Classification, world: World) -> int:
+    """The longest text that is used, in tokens."""
     limit = min(work.max_length, base.context or work.max_length)
     if limit < work.max_length and world.is_main:
         logger.warning("task.max_length=%d, but the model reads %d tokens: using %d", work.max_length, limit, limit)
-    if world.is_main:
-        for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
-            report = shortened(examples, base.tokenizer, limit)
-            console.print(f"{name}: {report.texts} texts; {report}", highlight=False, soft_wrap=True)
     return limit
+
+
+def tell_lengths(form: Form, data: Data) -> None:
+    """Say how many texts are longer than that, and what is cut of them; fail early on those that do not fit."""
+    for name, examples in (("train", [row for shard in data.shards for row in shard]), ("test", data.test)):
+        report = form.shortened(examples)
+        console.print(f"{name}: {report.texts} texts; {report}", highlight=False, soft_wrap=True)
 
 
 def environment(learner: Learner, world: World) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fedllm_sec.federation.curious import told
 from fedllm_sec.registry import attack
 from fedllm_sec.reports.reconstruction import Decode, reconstruction_page
 from fedllm_sec.settings import ModelSettings
-from fedllm_sec.training.base_model import prepare_base
+from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.updates.adapters import adapter_config
 from fedllm_sec.updates.admit import open_updates
 from fedllm_sec.updates.errors import InputError

@@ -22,7 +22,7 @@ from fedllm_sec.updates.files import (
     write_text,
 )
 from fedllm_sec.updates.refactor import save_as_adapters
-from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE, Row, adapter_file
+from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE, MODEL_CONFIG, MODEL_FILE, Row, adapter_file
 from fedllm_sec.updates.update_set import UpdateSet
 
 BUFFERS = "buffers"  # the stem of a file beside a model's
@@ -161,10 +161,14 @@ def save_many(
 
 
 def save_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, **files: Any) -> None:
-    """Write a PEFT adapter folder, whole or not at all; `files` are JSON files beside the adapter, by stem."""
+    """Write a PEFT adapter folder, whole or not at all; `files` are JSON files beside the adapter, by stem.
+
+    Where the configuration is a model's it is one of transformers: the state is a whole model's.
+    """
+    adapted = "peft_type" in config
     with atomic_folder(folder) as partial:
-        save_file(dict(state), partial / ADAPTER_FILE, {"format": "pt"})
-        write_json(partial / ADAPTER_CONFIG, config)
+        save_file(dict(state), partial / (ADAPTER_FILE if adapted else MODEL_FILE), {"format": "pt"})
+        write_json(partial / (ADAPTER_CONFIG if adapted else MODEL_CONFIG), config)
         for stem, content in files.items():
             write_json(partial / f"{stem}.json", content)
 
@@ -191,15 +195,15 @@ def fill_folder(updates: UpdateSet, base: UpdateSet, like: Path, folders: Sequen
         discarded = [lost.share for lost in save_as_adapters(updates, files, base)]
     else:
         updates.add(base).save(files)
-    if (like / ADAPTER_CONFIG).is_file():
-        for folder in folders:
-            shutil.copyfile(like / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+    for config in (ADAPTER_CONFIG, MODEL_CONFIG):
+        for folder in folders if (like / config).is_file() else ():
+            shutil.copyfile(like / config, folder / config)
     return discarded
 
 
 def load_adapter(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a PEFT adapter folder of ours."""
-    state: dict[str, Tensor] = load_file(folder / ADAPTER_FILE)
+    """The tensors of an adapter's folder of ours, or of a whole model's."""
+    state: dict[str, Tensor] = load_file(adapter_file(folder))
     return state
 
 

@@ -51,8 +51,8 @@ def choose_scale(tree: Mapping[str, Any]) -> Choice:
         return Choice("paper", "there is a GPU, and model and data can be had")
     return Choice(
         "tiny",
-        f"not paper ({why_not}); not local (no model.path=... given). A model of 2 M weights, trained here on texts "
-        "that the project makes, stands in: the curves show the mechanism, not Pythia's figures. For the real thing: "
+        f"not paper ({why_not}); not local (no model.path=... given). A tiny model, trained here on texts that the "
+        "project makes, stands in: the curves show the mechanism, not the paper's figures. For the real thing: "
         "scale=paper on a machine with a GPU, or model.path=... data.train=... data.test=...",
     )
 

@@ -11,7 +11,7 @@ import torch
 from fedllm_sec.config import Config
 from fedllm_sec.federation.partition import partition
 from fedllm_sec.randomness import derived_seed
-from fedllm_sec.tasks.task import Example, Task
+from fedllm_sec.tasks.task import Classification, Example, Task
 from fedllm_sec.updates.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Data:
         return digest.hexdigest()
 
 
-def load_data(config: Config, work: Task) -> Data:
+def load_data(config: Config, work: Task | Classification) -> Data:
     """Read, limit and split the data.
 
     Raises:

@@ -36,9 +36,11 @@ class Shortened(NamedTuple):
     texts: int
     cut: int
     limit: int
+    part: str = "end"
 
     def __str__(self) -> str:
-        return f"{self.cut} of {self.texts} texts are longer than {self.limit} tokens: the end of their passage is cut"
+        longer = f"{self.cut} of {self.texts} texts are longer than {self.limit} tokens"
+        return f"{longer}: the {self.part} of their passage is cut"
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
@@ -107,14 +109,20 @@ class Collator:
     def __init__(self, pad_token: int):
         self.pad_token = pad_token
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each (batch, longest) int64."""
-        longest = max(len(row["input_ids"]) for row in rows)
-        fills = {"input_ids": self.pad_token, "labels": IGNORED}
-        batch = {
-            key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
-            for key, fill in fills.items()
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-        batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`: (batch, longest) int64, or (batch,) labels of texts."""
+        batch = padded([row["input_ids"] for row in rows], self.pad_token)
+        labels = [row["labels"] for row in rows]
+        of_tokens = isinstance(labels[0], list)
+        batch["labels"] = padded(labels, IGNORED)["input_ids"] if of_tokens else torch.tensor(labels)
         return batch
+
+
+def padded(rows: Sequence[list[int]], fill: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (n, longest) int64: rows filled up on the right."""
+    longest = max(map(len, rows))
+    lengths = torch.tensor([len(row) for row in rows])
+    return {
+        "input_ids": torch.tensor([row + [fill] * (longest - len(row)) for row in rows]),
+        "attention_mask": (torch.arange(longest)[None] < lengths[:, None]).long(),
+    }

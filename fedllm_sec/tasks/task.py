@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fedllm_sec.registry import Registry
 from fedllm_sec.tasks.arrays import ArrayTask
@@ -11,6 +11,8 @@ from fedllm_sec.tasks.arrays import ArrayTask
 @dataclass(frozen=True)
 class Example:
     """One text: a prompt around a passage that may be shortened, and the response that is learned.
+
+    Of a text to classify the response is the name of its class, which no model is shown.
 
     Attributes:
         head: the prompt before the passage.
@@ -43,4 +45,20 @@ class Task(NamedTuple):
     max_length: int
 
 
-task: Registry[Task | ArrayTask] = Registry("task")
+class Classification(NamedTuple):
+    """The task of a model that classifies texts.
+
+    Attributes:
+        read: as a `Task`'s; every example has a label.
+        labels: what the classes are called.
+        max_length: in tokens; longer texts are cut, counted and reported.
+        keep: which end of a long text is kept.
+    """
+
+    read: Callable[[str, str], Sequence[Example]]
+    labels: tuple[str, ...]
+    max_length: int
+    keep: Literal["head", "tail"] = "head"
+
+
+task: Registry[Task | Classification | ArrayTask] = Registry("task")

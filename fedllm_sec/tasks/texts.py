@@ -3,8 +3,8 @@
 import logging
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,23 +13,19 @@ from torch import Tensor
 
 from fedllm_sec.settings import EMBEDDED
 from fedllm_sec.tasks.arrays import Arrays, ArrayTask
-from fedllm_sec.tasks.images import classes_of
+from fedllm_sec.tasks.posts import EVERYTHING, GROUPS, Removed, as_text, posts
 from fedllm_sec.tasks.sources import column, read_columns, users_of, warn_of_stand_in
 from fedllm_sec.tasks.task import task
-from fedllm_sec.tasks.tiny_posts import news, tweets
+from fedllm_sec.tasks.tiny_posts import tweets
 from fedllm_sec.updates.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 WORD = re.compile(r"[\w']+|[!?]")
-HEADERS = (re.compile(r"^From:", re.MULTILINE), re.compile(r"^Subject:", re.MULTILINE))  # every raw post has both
 SENTIMENTS = {0: 0, 1: 1, 4: 1}  # LEAF's positive is 1, the original's 4
 NEUTRAL = 2
-TWEET_IN_LEAF = 4  # a row of LEAF's x is [id, date, query, user, text]
-GROUPS = 20
 Length = Annotated[int, Field(ge=1)]
 Vocabulary = Annotated[int, Field(ge=2)]
-Removed = Literal["headers", "footers", "quotes"]
 
 
 @task("sentiment140", paper="Go et al. 2009 (report, Stanford); Caldas et al. 2018, arXiv:1812.01097")
@@ -59,27 +55,18 @@ def newsgroups(
     *,
     length: Length = 128,
     vocabulary: Vocabulary = 32768,
-    remove: tuple[Removed, ...] = ("headers", "footers", "quotes"),
+    remove: tuple[Removed, ...] = EVERYTHING,
 ) -> ArrayTask:
     """Tell from which of 20 newsgroups a post is.
 
-    `remove` is scikit-learn's: without it a model learns who wrote rather than what. Posts that mostly lack the headers
-    From and Subject have been stripped already (those of `SetFit/20_newsgroups` have) and stay as they are, for
-    stripping twice takes text away. Words are hashed (`hashed`). There are no users.
+    `remove` is scikit-learn's: without it a model learns who wrote rather than what. Words are hashed (`hashed`). There
+    are no users. A BERT's task is `newsgroups`.
 
-    Sources: `SetFit/20_newsgroups`, or rows with `text` and `label`.
+    Sources: those of `posts`.
     """
 
     def read(source: str, split: str) -> Arrays:
-        if source == EMBEDDED:
-            warn_of_stand_in("20news", "made-up posts", "SetFit/20_newsgroups")
-            texts, labels = news(split)
-            return Arrays(hashed(texts, length, vocabulary), torch.tensor(labels), None, encoder(length, vocabulary))
-        columns = read_columns(source, split)
-        texts = [as_text(text, source, row) for row, text in enumerate(column(columns, ("text",), source))]
-        y = classes_of(column(columns, ("label",), source), GROUPS, source)
-        if 2 * sum(map(is_raw, texts)) > len(texts):
-            texts = [stripped(text, remove) for text in texts]
+        texts, y = posts("20news", source, split, remove)
         return Arrays(hashed(texts, length, vocabulary), y, None, encoder(length, vocabulary))
 
     return ArrayTask(read, GROUPS, (length,), vocabulary, lambda x: x)
@@ -161,32 +148,3 @@ def sentiment_of(label: Any, source: str, row: int) -> int | None:
     if number != NEUTRAL and number not in SENTIMENTS:
         raise InputError(f"{source}: row {row} has sentiment {label!r}; 0 is negative, 2 neutral, 1 or 4 positive")
     return SENTIMENTS.get(number)
-
-
-def as_text(value: Any, source: str, row: int) -> str:
-    """The text of a row, which in LEAF's JSON is the fifth of its fields."""
-    text = value[TWEET_IN_LEAF] if isinstance(value, list) and len(value) > TWEET_IN_LEAF else value
-    if not isinstance(text, str):
-        raise InputError(f"{source}: row {row} is {str(value)[:60]!r}, not a text")
-    return text
-
-
-def stripped(text: str, remove: Sequence[Removed]) -> str:
-    """A raw post without its headers, signature and quotations, by scikit-learn's rules and in its order."""
-    from sklearn.datasets import _twenty_newsgroups as rules
-
-    steps: Mapping[Removed, Callable[[str], str]] = {
-        "headers": rules.strip_newsgroup_header,
-        "footers": rules.strip_newsgroup_footer,
-        "quotes": rules.strip_newsgroup_quoting,
-    }
-    for name, strip in steps.items():
-        if name in remove:
-            text = strip(text)
-    return text
-
-
-def is_raw(text: str) -> bool:
-    """Whether a post still has its header, the lines before the first blank one."""
-    head = text.partition("\n\n")[0]
-    return all(header.search(head) for header in HEADERS)

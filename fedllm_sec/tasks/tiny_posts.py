@@ -92,11 +92,16 @@ def tweets(split: str) -> Tweets:
     return Tweets(texts, labels, tuple(users))
 
 
-def news(split: str) -> Posts:
-    """Posts on 20 subjects, the same ones every time, subject by subject in turn."""
+def news(split: str, of_each: int | None = None) -> Posts:
+    """Posts on 20 subjects, the same ones every time, subject by subject in turn.
+
+    Args:
+        split: `train`, `test`, or another name for other posts.
+        of_each: how many posts of each subject; default: those of the split.
+    """
     rng = Random(f"news {split}")
     texts, labels = [], []
-    for _ in range(POSTS_OF_A_SUBJECT[split]):
+    for _ in range(of_each or POSTS_OF_A_SUBJECT[split]):
         for label, subject in enumerate(SUBJECTS):
             said = [rng.choice(subject if rng.random() < SUBJECT_SHARE else COMMON) for _ in range(POST_WORDS)]
             texts.append(" ".join(said))

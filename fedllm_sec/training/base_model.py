@@ -1,12 +1,11 @@
 """The base model, loaded once for all clients, rounds and arms; only the adapter on it is swapped."""
 
-import hashlib
+import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,24 +13,25 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedllm_sec.randomness import derived_seed
-from fedllm_sec.settings import EMBEDDED, ModelSettings
+from fedllm_sec.settings import ModelSettings
 from fedllm_sec.training import sharded
-from fedllm_sec.training.cache import cached
+from fedllm_sec.training.prepare import first_line
 from fedllm_sec.updates.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-OnStep = Callable[[int, int, float], None]
+HEADS = ("classifier", "score", "qa_outputs")  # what transformers calls the head of a model that classifies
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A causal language model with one LoRA adapter on it, and its tokenizer.
+    """A language model, or one that classifies, with one LoRA adapter on it or trained whole, and its tokenizer.
 
     Attributes:
-        model: the `PeftModel`.
+        model: the `PeftModel`; trained whole, the model itself.
         tokenizer: its tokenizer; it has a padding token.
-        parameters: the adapter's parameters by their names in an adapter file, those that are frozen among them.
+        parameters: what clients send, by their names in an adapter file: the adapter's, those that are frozen among
+            them, and a classifier's head; trained whole, all by their names in a checkpoint.
         description: what was loaded, for people.
         launch: keeps alive what tells transformers how this launch shards models; None where it does not.
     """
@@ -64,19 +64,30 @@ class BaseModel:
         """A float32 copy of the adapter, whole, on the CPU; where the model is sharded all processes must ask."""
         return {name: sharded.full_value(parameter) for name, parameter in self.parameters.items()}
 
-    def adapter_config(self) -> dict[str, Any]:
-        """PEFT's adapter configuration."""
-        return adapter_config(self.model)
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there is an adapter; otherwise the whole model is trained."""
+        return hasattr(self.model, "peft_config")
+
+    def configuration(self) -> dict[str, Any]:
+        """PEFT's adapter configuration; trained whole, the model's."""
+        if self.is_adapted:
+            return adapter_config(self.model)
+        config = {**json.loads(self.model.config.to_json_string()), "architectures": [type(self.model).__name__]}
+        return dict(sorted(config.items()))
 
 
-def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bool = False) -> BaseModel:
-    """Load the base and put a fresh adapter on it, whose initial values depend on `seed` alone.
+def load_base(
+    settings: ModelSettings, folder: str, seed: int, *, is_sharded: bool = False, classes: Sequence[str] = ()
+) -> BaseModel:
+    """Load the base and put a fresh adapter on it, whose initial values depend on `seed` alone, and so do a head's.
 
     Args:
-        settings: in which precision, with which adapter.
+        settings: in which precision, with which adapter, or none.
         folder: what `prepare_base` gave.
         seed: the run's seed.
         is_sharded: whether DeepSpeed shards the model over the processes of this launch, which then load it together.
+        classes: what a model that classifies tells apart; none: a causal language model.
 
     Raises:
         InputError: if the model cannot be had.
@@ -89,29 +100,37 @@ def load_base(settings: ModelSettings, folder: str, seed: int, *, is_sharded: bo
         raise InputError("model.load_in_4bit and ZeRO-3 do not go together; use ZeRO-2, or no DeepSpeed")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=settings.revision)
-        model = load_model(folder, settings, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, drawn = load_model(folder, settings, dtype, seed, classes)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"model {settings.path!r} cannot be loaded: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"model {settings.path!r}: its tokenizer has no end-of-text token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    prepare_tokenizer(tokenizer, model, settings, classes)
     sharded.require_shards(model)
     if torch.cuda.is_available() and not is_sharded and not settings.load_in_4bit:
         model.to("cuda")
     weights = sharded.count_weights(model)
-    adapted = with_adapter(model, settings, seed)
-    parameters = {peft_key(name): p for name, p in adapted.named_parameters() if p.requires_grad}
-    if settings.lora.freeze_a:
+    trained = with_adapter(model, settings, seed, drawn, "SEQ_CLS" if classes else "CAUSAL_LM")
+    parameters = {peft_key(name): p for name, p in trained.named_parameters() if p.requires_grad}
+    if settings.lora and settings.lora.freeze_a:
         freeze_a(parameters)
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
     description = f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})"
-    return BaseModel(adapted, tokenizer, parameters, description, launch)
+    return BaseModel(trained, tokenizer, parameters, description, launch)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its kind."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def prepare_tokenizer(tokenizer: Any, model: Any, settings: ModelSettings, classes: Sequence[str]) -> None:
+    """Have it pad, and a model that classifies know with what.
+
+    Raises:
+        InputError: if it has no token to do so, or none to end a text of a language model.
+    """
+    if tokenizer.eos_token_id is None and not classes:
+        raise InputError(f"model {settings.path!r}: its tokenizer has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"model {settings.path!r}: its tokenizer has no padding token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if classes:
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def sharding_arguments(dtype: torch.dtype) -> Any:
@@ -127,66 +146,28 @@ def sharding_arguments(dtype: torch.dtype) -> Any:
     )
 
 
-def prepare_base(settings: ModelSettings, on_step: OnStep | None = None) -> str:
-    """A hub id or folder that `from_pretrained` reads: the embedded base is trained, a GGUF file is converted, once.
-
-    Args:
-        settings: which model.
-        on_step: told (step, steps, loss) while the embedded base is trained.
-
-    Raises:
-        InputError: if a GGUF file is missing or cannot be read.
-    """
-    if settings.path == EMBEDDED:
-        from fedllm_sec.training.tiny_base import build_tiny_base, tiny_base_fingerprint
-
-        return str(cached(f"tiny-base-{tiny_base_fingerprint()}", lambda to: build_tiny_base(to, on_step=on_step)))
-    path = Path(settings.path)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model.path={settings.path}: no such file")
-        stamp = path.stat()
-        key = hashlib.sha256(f"{path.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:16]
-        return str(cached(f"gguf-{path.stem}-{key}", lambda to: convert_gguf(path, to)))
-    if not path.exists() and (path.is_absolute() or settings.path.startswith(".")):
-        raise InputError(f"model.path={settings.path}: no such file or folder")
-    return settings.path
-
-
-def convert_gguf(file: Path, folder: Path) -> None:
-    """Save a GGUF model as bfloat16 safetensors: dequantising takes half a minute, and is needed once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise InputError("GGUF files need the package gguf: pip install 'fedllm-sec[gguf]'") from None
-    logger.warning("converting %s to safetensors, once; it is kept in the cache", file)
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(file.parent), gguf_file=file.name)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: cannot be read as a GGUF model: {first_line(error)}") from error
-    config = loaded.config
-    if hasattr(config, "quantization_config"):  # `save_pretrained` refuses a model that says it is GGUF
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(loaded.state_dict())
-    plain.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(folder)
-
-
 def load_dtype(settings: ModelSettings) -> torch.dtype:
-    """The precision of the base; a CPU gets float32 whatever is asked, and says so."""
+    """The precision of the base; a CPU gets float32 whatever is asked, and says so, and so does what is trained whole.
+
+    A step of training is small beside a weight: bfloat16, which has 8 bits, would round most of it away.
+    """
+    asked = settings.dtype
+    if settings.lora is None:
+        if asked not in ("auto", "float32"):
+            logger.warning("model.dtype=%s without an adapter: the whole model is trained, in float32", asked)
+        return torch.float32
     if torch.cuda.is_available():
-        return torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    if settings.dtype not in ("auto", "float32"):
-        logger.warning("model.dtype=%s on a CPU (%s): training in float32", settings.dtype, platform.processor())
+        return torch.bfloat16 if asked == "auto" else getattr(torch, asked)
+    if asked not in ("auto", "float32"):
+        logger.warning("model.dtype=%s on a CPU (%s): training in float32", asked, platform.processor())
     return torch.float32
 
 
-def load_model(folder: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
-    """The base itself."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def load_model(
+    folder: str, settings: ModelSettings, dtype: torch.dtype, seed: int, classes: Sequence[str]
+) -> tuple[Any, list[str]]:
+    """The base itself, and the modules of a model that classifies which its checkpoint lacks: drawn by the seed."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "revision": settings.revision}
     if settings.load_in_4bit:
@@ -195,11 +176,18 @@ def load_model(folder: str, settings: ModelSettings, dtype: torch.dtype) -> Any:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(HEADS) if classes else None,
         )
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    kind = AutoModelForCausalLM
+    if classes:
+        kind = AutoModelForSequenceClassification
+        options |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    with torch.random.fork_rng():
+        torch.random.manual_seed(derived_seed(seed, "head"))
+        model, report = kind.from_pretrained(folder, **options, output_loading_info=True)
     if settings.load_in_4bit:
         keep_trainable_on_cpu(model)
-    return model
+    return model, sorted({name.rpartition(".")[0] for name in report["missing_keys"]}) if classes else []
 
 
 def keep_trainable_on_cpu(model: Any) -> None:
@@ -211,24 +199,47 @@ def keep_trainable_on_cpu(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def with_adapter(model: Any, settings: ModelSettings, seed: int) -> Any:
-    """Put LoRA on a model; adapters stay in float32, for a bfloat16 copy would lose the update."""
+def with_adapter(model: Any, settings: ModelSettings, seed: int, drawn: Sequence[str], task_type: str) -> Any:
+    """Put LoRA on a model, if it is to have one; what is trained stays in float32: bfloat16 would lose the update.
+
+    PEFT trains the head of a model that classifies, whole (`modules_to_save`). What else was drawn, such as the pooler
+    of a BERT that only learned to fill in words, is trained beside it: whoever loads the adapter draws other weights.
+    """
     from peft import LoraConfig, get_peft_model
 
     lora = settings.lora
+    if lora is None:
+        return model
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules) if lora.target_modules else None,
+        modules_to_save=[name for name in drawn if name.partition(".")[0] not in HEADS] or None,
     )
     with torch.random.fork_rng():
         torch.random.manual_seed(derived_seed(seed, "adapter"))
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"model.lora.target_modules={lora.target_modules}: {error}") from error
+    keep_head_exact(adapted)
+    return adapted
+
+
+def keep_head_exact(model: Any) -> None:
+    """Train modules that are trained whole beside an adapter in float32, whatever the base gives them to read."""
+    from peft.utils import ModulesToSaveWrapper
+
+    def in_float32(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.float() if torch.is_tensor(each) and each.is_floating_point() else each for each in inputs)
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                if any(parameter.dtype != torch.float32 for parameter in copy.parameters()):
+                    copy.float().register_forward_pre_hook(in_float32)
 
 
 def freeze_a(parameters: Mapping[str, torch.nn.Parameter]) -> None:

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from fedllm_sec.settings import TrainingSettings
-from fedllm_sec.tasks.encoding import Collator, TrainingRows
+from fedllm_sec.tasks.encoding import Collator
 from fedllm_sec.training import sharded
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.schedule import factor
@@ -54,7 +55,7 @@ class ScheduledTrainer(Trainer):
 
 def train_client(
     base: BaseModel,
-    rows: TrainingRows,
+    rows: Dataset[dict[str, Any]],
     received: Mapping[str, Tensor],
     settings: TrainingSettings,
     *,
@@ -67,7 +68,7 @@ def train_client(
 
     Args:
         base: the shared model; its adapter is overwritten.
-        rows: the client's texts.
+        rows: the client's texts, encoded.
         received: the global adapter.
         settings: how to train.
         seed: of batches and dropout.

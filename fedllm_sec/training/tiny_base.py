@@ -72,7 +72,7 @@ def build_tiny_base(folder: Path, *, on_step: OnStep | None = None) -> None:
     tokenizer = train_tokenizer(texts[: settings.tokenizer_articles], settings)
     rows = pack(tokenizer, texts, settings.context)
     held_out = pack(tokenizer, articles(settings.held_out_articles, seed=settings.seed + 1), settings.context)
-    with own_torch_state(settings):
+    with own_torch_state(settings.seed, settings.threads):
         model = GPTNeoXForCausalLM(model_config(settings, tokenizer.eos_token_id))
         train(model, rows, settings, on_step)
         loss = mean_loss(model, held_out)
@@ -90,12 +90,12 @@ def build_tiny_base(folder: Path, *, on_step: OnStep | None = None) -> None:
 
 
 @contextmanager
-def own_torch_state(settings: TinyBaseSettings) -> Iterator[None]:
+def own_torch_state(seed: int, number: int) -> Iterator[None]:
     """A seed and a number of threads of our own inside the block; afterwards all is as before."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(settings.seed)
-        torch.set_num_threads(settings.threads)
+        torch.random.manual_seed(seed)
+        torch.set_num_threads(number)
         try:
             yield
         finally:

@@ -21,6 +21,7 @@ from fedllm_sec.updates.layout import Layout, Span
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 MODEL_FILE = "model.safetensors"  # a whole model's, as transformers calls it
+MODEL_CONFIG = "config.json"  # likewise
 LARGEST = 2.0**110  # of a value, about 1e33; adapters travel in float32, and rounds add them up
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

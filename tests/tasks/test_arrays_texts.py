@@ -12,7 +12,8 @@ from sklearn.datasets import _twenty_newsgroups as rules
 
 from fedllm_sec import InputError
 from fedllm_sec.tasks import sources, task, train_and_test
-from fedllm_sec.tasks.texts import hashed, stripped
+from fedllm_sec.tasks.posts import stripped
+from fedllm_sec.tasks.texts import hashed
 
 POST = "From: a@b.c (A)\nSubject: Re: cars\n\nJoe writes:\n> old\nnew words\n\n-- \nA, The Institute\n"
 
@@ -175,7 +176,7 @@ def test_the_real_newsgroups(shared_data):
 
 
 def test_every_real_post_is_seen_to_be_raw(shared_data):
-    from fedllm_sec.tasks.texts import is_raw
+    from fedllm_sec.tasks.posts import is_raw
 
     folder = shared_data / "20newsgroups"
     for split in ("train", "test"):

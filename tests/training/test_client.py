@@ -7,8 +7,9 @@ from fedllm_sec import InputError
 from fedllm_sec.settings import LoraSettings, ModelSettings, TrainingSettings
 from fedllm_sec.tasks import task
 from fedllm_sec.tasks.encoding import TrainingRows
-from fedllm_sec.training.base_model import load_base, prepare_base
+from fedllm_sec.training.base_model import load_base
 from fedllm_sec.training.client import train_client
+from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.training.schedule import factor
 
 
@@ -75,7 +76,7 @@ def test_an_adapter_with_a_frozen_loads_in_peft(small, rows, tmp_path):
     ffa = load_base(ModelSettings(path=path, lora=LoraSettings(freeze_a=True)), path, seed=0)
     sent = turn(ffa, rows[0], ffa.adapter()).adapter
     save_file(sent, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(ffa.adapter_config()))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(ffa.configuration()))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), tmp_path)
     there = {name.replace(".default", ""): value for name, value in loaded.named_parameters() if "lora_" in name}
     assert there.keys() == sent.keys()

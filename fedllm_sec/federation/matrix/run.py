@@ -23,7 +23,7 @@ from fedllm_sec.reports.read import SUCCESS
 from fedllm_sec.tasks.arrays import ArrayTask
 from fedllm_sec.tasks.task import task
 from fedllm_sec.terminal import console
-from fedllm_sec.training.base_model import prepare_base
+from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_json
 

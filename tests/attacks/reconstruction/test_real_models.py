@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedllm_sec.settings import ModelSettings
-from fedllm_sec.training.base_model import prepare_base
+from fedllm_sec.training.prepare import prepare_base
 from tests.attacks.reconstruction.clients import adapted, look, lora_client, recall_and_precision
 from tests.conftest import packaged
 

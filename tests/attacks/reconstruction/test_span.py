@@ -12,7 +12,7 @@ from fedllm_sec.attacks.reconstruction.judge import judge_text
 from fedllm_sec.attacks.reconstruction.lora_tokens import as_sent, base_of
 from fedllm_sec.attacks.reconstruction.second_layer import check, next_layer
 from fedllm_sec.settings import ModelSettings
-from fedllm_sec.training.base_model import prepare_base
+from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.victim import Victim
 from tests.attacks.reconstruction.clients import TINY, look, lora_client, random_texts, tiny_base
 from tests.attacks.reconstruction.test_real_models import questions, reviews, tokens

@@ -1,0 +1,30 @@
+"""Federated LoRA fine-tuning of BERT on 20 Newsgroups, with a backdoor, and defended (Experiment 8 of FedSecurity).
+
+accelerate launch recipes/bert_20news.py [--config FILE] [--resume] [key=value ...]
+
+Three arms from the same seeds: `benign`, `attacked` (one client of ten trains a backdoor and sends a model that is to
+replace all others) and `defended` (the same under m-Krum). Beside the accuracy there is `attack_success`, the share of
+test posts with the trigger that are given the adversary's group. Everything is in the run's folder afterwards.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fedllm_sec.federation.command import run_recipe
+
+CONFIG = Path(__file__).parent.parent / "configs" / "exp08_bert_20news.yaml"
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, e.g. federation.rounds=3")
+    given = parser.parse_intermixed_args()
+    return run_recipe(given.config, given.overrides, resume=given.resume)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
