@@ -24,7 +24,7 @@ from fedllm_sec.federation.texts import Data
 from fedllm_sec.federation.world import World
 from fedllm_sec.tasks.forms import Form
 from fedllm_sec.tasks.task import Example
-from fedllm_sec.training.base_model import BaseModel
+from fedllm_sec.training.base_model import BaseModel, files_of
 from fedllm_sec.training.client import train_client
 from fedllm_sec.training.local import LocalCallback
 from fedllm_sec.training.schedule import factor
@@ -169,7 +169,7 @@ class AdapterLearner:
             weight_decay=training.weight_decay,
             momentum=training.momentum if training.optimizer == "sgd" else 0.0,
             max_grad_norm=training.max_grad_norm,
-            base=base_folder(self.base),
+            base=files_of(self.base.model),
             adapter=self.base.configuration() if self.base.is_adapted else None,
         )
 
@@ -191,22 +191,3 @@ class AdapterLearner:
 
     def show(self, model: Path, folder: Path) -> None:
         """An adapter makes nothing that could be drawn."""
-
-
-def base_folder(base: BaseModel) -> Path:
-    """Where the base's files are; those of a hub id in the hub's cache, where loading has put them.
-
-    Raises:
-        InputError: if they are nowhere.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name = str(base.model.config.name_or_path)
-    if Path(name).is_dir():
-        return Path(name)
-    revision = getattr(base.model.config, "_commit_hash", None)
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
-        raise InputError(f"model.path={name}: its files are not found ({error}); download it to a folder") from None

@@ -6,6 +6,7 @@ import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -258,3 +259,22 @@ def adapter_config(model: Any) -> dict[str, Any]:
 def peft_key(parameter: str) -> str:
     """The name that PEFT gives a parameter in an adapter file: without the adapter's, and where it keeps a module."""
     return parameter.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def files_of(model: Any) -> Path:
+    """Where a model's files are; those of a hub id in the hub's cache, where loading has put them.
+
+    Raises:
+        InputError: if they are nowhere.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = str(model.config.name_or_path)
+    if Path(name).is_dir():
+        return Path(name)
+    revision = getattr(model.config, "_commit_hash", None)
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError) as error:
+        raise InputError(f"model.path={name}: its files are not found ({error}); download it to a folder") from None

@@ -14,7 +14,7 @@ def texts_seen(model: nn.Module) -> Iterator[list[list[int]]]:
     It is the model that is watched and not the data set: of that, batches are fetched ahead and may never be used.
 
     Args:
-        model: is called with `input_ids` and `attention_mask` by name, (batch, length) both.
+        model: is called with `input_ids` and, where there is padding, `attention_mask`, (batch, length), by name.
 
     Yields:
         Token ids of each text without its padding, in the order of the batches.
@@ -23,8 +23,9 @@ def texts_seen(model: nn.Module) -> Iterator[list[list[int]]]:
 
     def look(module: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         if module.training:
-            for ids, mask in zip(named["input_ids"], named["attention_mask"], strict=True):
-                texts.append(ids[mask.bool()].tolist())
+            every, mask = named["input_ids"], named.get("attention_mask")
+            for row, ids in enumerate(every):
+                texts.append((ids if mask is None else ids[mask[row].bool()]).tolist())
 
     hook = model.register_forward_pre_hook(look, with_kwargs=True)
     try:

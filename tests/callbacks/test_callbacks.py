@@ -23,7 +23,7 @@ from fedllm_sec.callbacks import (
 )
 from fedllm_sec.training.base_model import peft_key
 from fedllm_sec.training.sharded import full_value
-from tests.callbacks.clients import RATE, arguments, data, length, model, trained
+from tests.callbacks.clients import RATE, arguments, classifier, data, labelled, length, model, trained
 
 EVERY = [each for _, each in inspect.getmembers(callbacks, inspect.isclass)]
 
@@ -45,6 +45,9 @@ def test_the_example_of_the_docstring_runs(kind, tmp_path):
         "arguments": arguments(tmp_path / "out"),
         "data": data(),
     }
+    made.get_base_model().save_pretrained(tmp_path / "base")
+    known |= {"base": tmp_path / "base", "classifier": classifier(), "labelled": labelled()}
+    known["saving"] = arguments(tmp_path / "saved", save_strategy="steps", save_steps=2)
     known |= {"folder": tmp_path, "last_change": {peft_key(n): p.detach() for n, p in made.named_parameters()}}
     examples = doctest.DocTestParser().get_doctest(inspect.getdoc(kind), known, kind.__name__, None, 0)
     assert examples.examples
