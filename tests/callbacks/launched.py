@@ -14,9 +14,12 @@ from transformers import Trainer, TrainerCallback
 from fedllm_sec import InputError
 from fedllm_sec.callbacks import (
     AddNoise,
+    AuditOnSave,
     ClipUpdate,
     FlWbcNoise,
     FreezeA,
+    HideRepresentation,
+    LeakageProbe,
     MaskGradient,
     NoTraining,
     ProjectUpdate,
@@ -25,7 +28,7 @@ from fedllm_sec.callbacks import (
 )
 from fedllm_sec.callbacks.weights import weights_of
 from fedllm_sec.training.sharded import take_down
-from tests.callbacks.clients import arguments, data, model
+from tests.callbacks.clients import arguments, classifier, data, labelled, model
 
 SHORT = 0.005
 
@@ -46,7 +49,7 @@ class Digest(TrainerCallback):
         self.path.write_text(digest.hexdigest())
 
 
-def cases(made):
+def cases(made, base):
     change = weights_of(made).read()
     return {
         "plain": [],
@@ -60,6 +63,9 @@ def cases(made):
         "both": [ClipUpdate(SHORT), AddNoise(0.1, seed=3)],
         "mask": [MaskGradient(change, ratio=0.5)],
         "wbc": [FlWbcNoise(scale=1e-4, seed=5)],
+        "hide": [HideRepresentation(percentile=30)],
+        "probe": [LeakageProbe(base=base)],
+        "audit": [AuditOnSave()],
     }
 
 
@@ -68,21 +74,27 @@ def main():
     how = {"load_in_4bit": True} if "4bit" in sys.argv else {}
     rank = os.environ.get("RANK", "0")
     refused = {}
-    for name in cases(model(**how)):
-        made = model(**how)
+    base = folder / f"base.{rank}"
+    model().get_base_model().save_pretrained(base)
+    for name in cases(model(**how), base):
+        made, rows = (classifier(), labelled()) if name == "hide" else (model(**how), data())
         submit = SubmitUpdate(folder / name, difference=True)
-        callbacks = [*cases(made)[name], submit, Digest(folder / f"{name}.{rank}.sha256")]
+        chosen = cases(made, base)[name]
         split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 2}
+        split |= {"save_strategy": "steps", "save_steps": 2} if name == "audit" else {}
         trainer = Trainer(
             model=made,
             args=arguments(folder / "scratch", **split),
-            train_dataset=data(),
-            callbacks=callbacks,
+            train_dataset=rows,
+            callbacks=[*chosen, submit, Digest(folder / f"{name}.{rank}.sha256")],
         )
         try:
             trainer.train()
         except InputError as error:
             refused[name] = str(error)
+        looks = {"probe": "history", "audit": "findings"}
+        if name in looks:
+            (folder / f"{name}.{rank}.json").write_text(json.dumps(getattr(chosen[0], looks[name])))
         take_down(trainer)
     (folder / f"refused.{rank}.json").write_text(json.dumps(refused))
 

@@ -11,8 +11,21 @@ from safetensors.torch import load_file
 from tests.callbacks.launched import SHORT
 from tests.launch import ROOT, environment
 
-ON_WEIGHTS = ("plain", "clip", "clip_steps", "noise", "replace", "freeze", "lazy", "disguised", "both")
+ON_WEIGHTS = (
+    "plain",
+    "clip",
+    "clip_steps",
+    "noise",
+    "replace",
+    "freeze",
+    "lazy",
+    "disguised",
+    "both",
+    "probe",
+    "audit",
+)
 ON_GRADIENTS = ("mask", "wbc")
+REFUSED = {*ON_GRADIENTS, "hide"}
 
 
 def run(folder, accelerate_config, *arguments):
@@ -61,6 +74,16 @@ def assert_same_as_alone(folder, alone, cases):
         assert claims["received_sha256"] == same["received_sha256"]
 
 
+def assert_same_looks(folder, alone):
+    """The main process looks, at what all saw."""
+    (look,), (same,) = (json.loads((place / "probe.0.json").read_text()) for place in (folder, alone))
+    assert look["leakage/tokens"] == same["leakage/tokens"] > 10
+    assert look["leakage/token_recall"] == pytest.approx(same["leakage/token_recall"], abs=0.1)
+    assert json.loads((folder / "probe.1.json").read_text()) == []
+    assert json.loads((folder / "audit.0.json").read_text()) == {"2": [], "4": []}
+    assert json.loads((folder / "audit.1.json").read_text()) == {}
+
+
 def test_alone_each_does_what_it_says(alone):
     plain, received = flat(update(alone, "plain")), flat(load_file(alone / "lazy/adapter_model.safetensors"))
     assert float(plain.norm()) > 5 * SHORT
@@ -81,6 +104,9 @@ def test_two_processes_do_what_one_does(alone, tmp_path):
     folder = run(tmp_path / "two", "cpu_2", "2")
     assert_same_everywhere(folder)
     assert_same_as_alone(folder, alone, (*ON_WEIGHTS, *ON_GRADIENTS))
+    assert_same_looks(folder, alone)
+    hidden = update(folder, "hide")["base_model.model.classifier.weight"]
+    assert hidden.any()
 
 
 @pytest.mark.slow
@@ -89,11 +115,12 @@ def test_under_deepspeed_they_do_the_same_or_refuse(alone, tmp_path, stage):
     folder = run(tmp_path / stage, stage, "2")
     assert_same_everywhere(folder)
     assert_same_as_alone(folder, alone, ON_WEIGHTS)
+    assert_same_looks(folder, alone)
     for rank in (0, 1):
         refused = json.loads((folder / f"refused.{rank}.json").read_text())
-        assert refused.keys() == set(ON_GRADIENTS)
+        assert refused.keys() == REFUSED
         assert all("train without DeepSpeed" in reason for reason in refused.values())
-    assert not any((folder / case).exists() for case in ON_GRADIENTS)
+    assert not any((folder / case).exists() for case in REFUSED)
 
 
 def test_on_a_4_bit_base_they_do_what_they_say(tmp_path):
