@@ -131,3 +131,20 @@ def small(tmp_path_factory):
         "federation.rounds=2",
         "out=run",
     ]
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """A small BERT with random weights, and its tokenizer."""
+    from transformers import BertForMaskedLM
+
+    from fedllm_sec.tasks.tiny_posts import news
+    from fedllm_sec.training import tiny_bert
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokenizer = tiny_bert.train_tokenizer(news("train", 5).texts, tiny_bert.SETTINGS)
+    tokenizer.save_pretrained(folder)
+    with torch.random.fork_rng():
+        torch.random.manual_seed(0)
+        BertForMaskedLM(tiny_bert.model_config(tiny_bert.SETTINGS, len(tokenizer))).save_pretrained(folder)
+    return folder

@@ -13,23 +13,23 @@ RECIPE = ROOT / "recipes" / "pythia_pubmedqa.py"
 EQUAL = ("*.safetensors", "metrics.json", "metrics.jsonl", "adapter_config.json", "decision.json", "config.yaml")
 
 
-def command(accelerate_config: str | None, *arguments: str) -> list[str]:
+def command(accelerate_config: str | None, *arguments: str, recipe: Path = RECIPE) -> list[str]:
     """`accelerate launch` with one of our configurations, or plain python."""
     if accelerate_config is None:
-        return [sys.executable, str(RECIPE), *arguments]
+        return [sys.executable, str(recipe), *arguments]
     config = str(ROOT / "configs" / "accelerate" / f"{accelerate_config}.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
     if yaml.safe_load(Path(config).read_text())["num_processes"] == 1:
         launcher = launcher[:-2]
-    return [*launcher, "--config_file", config, str(RECIPE), *arguments]
+    return [*launcher, "--config_file", config, str(recipe), *arguments]
 
 
 def launch(
-    accelerate_config: str | None, *arguments: str, cwd: Path, timeout: float = 540
+    accelerate_config: str | None, *arguments: str, cwd: Path, timeout: float = 540, recipe: Path = RECIPE
 ) -> subprocess.CompletedProcess:
     """Run to the end; a failure shows what was printed."""
     done = subprocess.run(
-        command(accelerate_config, *arguments),
+        command(accelerate_config, *arguments, recipe=recipe),
         cwd=cwd,
         capture_output=True,
         text=True,

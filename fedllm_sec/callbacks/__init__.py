@@ -1,6 +1,10 @@
 """`transformers.TrainerCallback`s for clients of a federation; each is usable alone, with any `Trainer`.
 
 Where several change weights, they act in the order in which they are given: first clip, then add noise, then submit.
+All are tested with a stock `Trainer` in one process and, by `accelerate launch`, in two, under DeepSpeed ZeRO-2 and
+ZeRO-3, on a 4-bit base, and with gradient accumulation; those that need gradients refuse DeepSpeed, which has used
+them before a callback is called. What a malicious client does to its data is in `fedllm_sec.callbacks.data`. All of
+them in a table: docs/callbacks.md.
 """
 
 from fedllm_sec.callbacks.attacks import MaskGradient as MaskGradient

@@ -39,9 +39,6 @@ class ReplaceModel(OnWeights):
     With gamma the number of clients over that of malicious ones the average of all is what was trained here, if honest
     clients change nothing. Factors of an adapter are scaled as factors; in the product B A more than gamma comes of it.
 
-    Tested with gradient accumulation, AdamW and SGD in one process; written for several processes, DeepSpeed and 4-bit
-    bases too, where it is not tested yet.
-
     Args:
         gamma: the factor.
         received: see `OnWeights`.
@@ -67,8 +64,7 @@ class MaskGradient(OnWeights):
     """Train only coordinates that honest clients hardly move: Neurotoxin (Zhang et al. 2022, arXiv:2206.10341).
 
     The gradient is zero on all but the `ratio` of coordinates that the last round changed least. Refused under
-    DeepSpeed, which shows no gradients. An optimizer's weight decay still acts on all. Tested with gradient
-    accumulation in one process; not tested yet with several and with 4-bit bases.
+    DeepSpeed, which shows no gradients. An optimizer's weight decay still acts on all.
 
     Args:
         last_change: what the last round changed: the global adapter after it, minus the one before, by tensor.
@@ -117,8 +113,7 @@ class MaskGradient(OnWeights):
 class NoTraining(OnWeights):
     """Do not train, and send what was received as if one had: a free rider (Fraboni et al. 2021, arXiv:2006.11901).
 
-    Training ends after one step, whose effect is taken back. Tested with gradient accumulation, AdamW and SGD in one
-    process; written for several processes, DeepSpeed and 4-bit bases too, where it is not tested yet.
+    Training ends after one step, whose effect is taken back.
 
     Args:
         mode: `plain`: exactly what was received; `disguised`: with noise of a deviation.

@@ -22,7 +22,7 @@ from fedllm_sec.updates.sources import SafetensorsFile, adapter_file, all_finite
 logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
-OF_TRAINER = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state")  # its own, to resume
+OF_TRAINER = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state", "global_step")  # to resume
 
 
 class AuditOnSave(OnWeights):
@@ -35,7 +35,7 @@ class AuditOnSave(OnWeights):
 
     Findings are logged as warnings, kept in `findings` by step, and counted in `trainer.state.log_history` as
     `audit/findings`. The hub is sent a checkpoint before callbacks can look at it; push yourself when this is empty.
-    Tested in one process, in two, and under DeepSpeed; the process that saves is the one that looks.
+    Of several processes the one that saves looks.
 
     Args:
         norm: the longest update that is in order, in the units of the weights; default: any.
@@ -91,11 +91,11 @@ def audit(
         config: the adapter's configuration, as the model has it.
         norm: the longest update that is in order.
     """
-    pickles = sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLES)
+    pickles = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in PICKLES)
     found = [
         f"{name}: is a pickle, which runs code when it is read: do not send it"
         for name in pickles
-        if not name.startswith(OF_TRAINER) and "global_step" not in name
+        if not name.startswith(OF_TRAINER)
     ]
     try:
         file = SafetensorsFile(adapter_file(folder))

@@ -34,9 +34,6 @@ class ClipUpdate(OnWeights):
     With `when="step"` the weights are projected after every optimizer step as well. The optimizer is not told: Adam's
     moments push outwards again, so that this is projected Adam and no projected gradient descent in its sense.
 
-    Tested with gradient accumulation, AdamW and SGD in one process; written for several processes, DeepSpeed and 4-bit
-    bases too, where it is not tested yet.
-
     Args:
         norm: of the update, in the units of the weights.
         when: at the end of training alone, or after every step too.
@@ -82,8 +79,7 @@ class AddNoise(OnWeights):
     No examples are clipped one by one, so that this is no DP-SGD and gives no guarantee by itself: give `ClipUpdate`
     before it, whose norm bounds what one client can change. docs/leakage.md has what noise hides.
 
-    Tested with gradient accumulation, AdamW and SGD in one process; written for several processes, DeepSpeed and 4-bit
-    bases too, where it is not tested yet; all processes draw the same.
+    All processes draw the same.
 
     Args:
         std: deviation of the noise, in the units of the weights.
@@ -118,8 +114,7 @@ class FreezeA(TrainerCallback):  # type: ignore[misc]
     """Train LoRA's B only, and leave A as it was received: FFA-LoRA (Sun et al. 2024, arXiv:2403.12313).
 
     The average of products is then the product of averages, and A tells nothing of a batch (docs/leakage.md). Give it
-    to `Trainer`'s constructor, so that no optimizer is made for A. Tested with gradient accumulation, AdamW and SGD in
-    one process; written for several processes, DeepSpeed and 4-bit bases too, where it is not tested yet.
+    to `Trainer`'s constructor, so that no optimizer is made for A.
 
     Example:
         >>> from fedllm_sec.callbacks import FreezeA
@@ -151,8 +146,7 @@ class FlWbcNoise(OnWeights):
 
     After each optimizer step but the first, Laplace noise Y is added, times the learning rate, where |g_t - g_{t-1}| <=
     |Y|: where gradients hardly change. Refused under DeepSpeed, which shows no gradients. With `max_grad_norm` the
-    gradients are the clipped ones. Tested with gradient accumulation in one process; not tested yet with several and
-    with 4-bit bases.
+    gradients are the clipped ones.
 
     Args:
         scale: of the noise, in the units of a gradient; its deviation is sqrt(2) times that. Choose it against how much

@@ -37,7 +37,8 @@ class LeakageProbe(OnWeights):
     - `leakage/seconds`: what the look took.
 
     Give it before callbacks that change the update at the end (`AddNoise`, `ClipUpdate`) to see what they will hide,
-    and after them to see what they have hidden. Tested in one process, in two, and under DeepSpeed.
+    and after them to see what they have hidden. Of several processes the
+    main one attacks, and the others wait.
 
     Args:
         every: steps between looks; 0: at the end alone. A look at a model of 22 M weights takes seconds to a minute.

@@ -23,7 +23,7 @@ class HideRepresentation(OnWeights):
     still move those columns.
 
     A batch costs one backward pass more for each entry of the vector: hundreds of times as much. Refused under
-    DeepSpeed and with gradient checkpointing. Tested with gradient accumulation, in one process and in two.
+    DeepSpeed and with gradient checkpointing. Of several processes each hides what is best hidden of its own batch.
 
     Args:
         percentile: of the entries that are removed, 0 to 100.

@@ -23,9 +23,7 @@ class SubmitUpdate(OnWeights):
     received adapter and of the base's configuration, by which a server knows from what the update starts. With
     `difference=True` there is also `update.safetensors`, the adapter minus the received one.
 
-    Give it last: it writes what callbacks before it have left. Tested with gradient accumulation, AdamW and SGD in one
-    process; written for several processes, DeepSpeed and 4-bit bases too, where it is not tested yet. The folder
-    appears whole or not at all.
+    Give it last: it writes what callbacks before it have left. The folder appears whole or not at all.
 
     Args:
         folder: where; it must not be there yet.

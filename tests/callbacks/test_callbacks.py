@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fedllm_sec.callbacks import (
 from fedllm_sec.training.base_model import peft_key
 from fedllm_sec.training.sharded import full_value
 from tests.callbacks.clients import RATE, arguments, classifier, data, labelled, length, model, trained
+from tests.launch import ROOT
 
 EVERY = [each for _, each in inspect.getmembers(callbacks, inspect.isclass)]
 
@@ -53,6 +55,16 @@ def test_the_example_of_the_docstring_runs(kind, tmp_path):
     assert examples.examples
     quiet(model=made, args=known["arguments"], train_dataset=known["data"])  # the first one prints an empty line
     assert doctest.DocTestRunner().run(examples).failed == 0
+
+
+def test_the_page_names_every_callback_and_its_example_runs(tmp_path, monkeypatch):
+    page = (ROOT / "docs/callbacks.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)\(", page, re.MULTILINE)) == sorted(kind.__name__ for kind in EVERY)
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    known = {"model": model(), "arguments": arguments(tmp_path / "out"), "data": data()}
+    exec(example, known)
+    assert (tmp_path / "client_00/client.json").is_file()
 
 
 def test_the_ball_is_kept_at_the_end_and_at_every_step(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedllm_sec import InputError, open_updates
 from fedllm_sec.config import resolve
@@ -17,25 +17,12 @@ from fedllm_sec.tasks import posts
 from fedllm_sec.tasks.forms import ClassForm, around
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.tasks.tiny_posts import news
-from fedllm_sec.training import tiny_bert
 from fedllm_sec.training.base_model import load_base
 from tests.launch import ROOT
 
 EXP08 = ROOT / "configs/exp08_bert_20news.yaml"
 HEAD = {"base_model.model.classifier.weight": (20, 96), "base_model.model.classifier.bias": (20,)}
 POOLER = {"base_model.model.bert.pooler.dense.weight": (96, 96), "base_model.model.bert.pooler.dense.bias": (96,)}
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory):
-    """A BERT with random weights, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("bert")
-    tokenizer = tiny_bert.train_tokenizer(news("train", 5).texts, tiny_bert.SETTINGS)
-    tokenizer.save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        BertForMaskedLM(tiny_bert.model_config(tiny_bert.SETTINGS, len(tokenizer))).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,51 @@
+"""Experiment 8's recipe, launched: in one process and two, and under DeepSpeed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launch import ROOT, assert_same_run, launch
+
+RECIPE = ROOT / "recipes" / "bert_20news.py"
+
+
+def arguments(bert):
+    tiny = [f"model.path={bert}", "scale=local", "data.train=embedded", "data.test=embedded", "out=run"]
+    tiny += ["data.train_limit=160", "data.test_limit=40", "federation.clients=8", "federation.rounds=2"]
+    tiny += ["training.steps=2", "task.max_length=32", "model.lora.dropout=0.0"]
+    return [*tiny, *(f"arms.{arm}.attack_rounds.first=2" for arm in ("attacked", "defended"))]
+
+
+def test_two_processes_write_the_bytes_of_one(bert, tmp_path):
+    """All three arms, with the backdoor and m-Krum."""
+    for name, config in (("one", "cpu"), ("two", "cpu_2")):
+        (tmp_path / name).mkdir()
+        launch(config, *arguments(bert), "training.batch_size=4", cwd=tmp_path / name, recipe=RECIPE)
+    assert_same_run(tmp_path / "one/run", tmp_path / "two/run")
+    summary = json.loads((tmp_path / "two/run/summary.json").read_text())
+    assert {"accuracy", "macro_f1", "attack_success"} <= summary["attacked"].keys()
+    assert (tmp_path / "two/run/report/index.html").is_file()
+
+
+@pytest.fixture(scope="module")
+def whole(bert, tmp_path_factory):
+    place = tmp_path_factory.mktemp("whole")
+    launch("cpu", *arguments(bert), "training.batch_size=8", cwd=place, recipe=RECIPE)
+    return place / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_zero_trains_and_saves_the_head_whole(bert, whole, tmp_path, stage):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    launch(stage, *arguments(bert), "training.batch_size=4", cwd=tmp_path, recipe=RECIPE)
+    start = load_file(whole / "benign/global_0000/adapter_model.safetensors")
+    for path in sorted(whole.rglob("benign/**/adapter_model.safetensors")):
+        expected, found = load_file(path), load_file(tmp_path / "run" / path.relative_to(whole))
+        assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
+        assert all(t.dtype == torch.float32 for t in found.values())
+        for name in start if "global_0000" not in str(path) else ():
+            error, update = (float((x[name] - expected[name]).norm()) for x in (found, start))
+            assert error <= 1e-2 * update + 1e-6, (path, name)
