@@ -54,9 +54,9 @@ class Config(Strict):
     @field_validator("arms")
     @classmethod
     def leave_the_report_its_folder(cls, arms: dict[str, ArmSettings]) -> dict[str, ArmSettings]:
-        """`report/` is taken."""
-        if "report" in arms:
-            raise ValueError("an arm cannot be called 'report'")
+        """`report/` is taken, and so is `shared/` while a run goes on."""
+        for taken in {"report", "shared"} & arms.keys():
+            raise ValueError(f"an arm cannot be called {taken!r}")
         return arms
 
 

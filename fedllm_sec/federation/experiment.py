@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedllm_sec.federation.models import ModelLearner
 from fedllm_sec.federation.optimizers import optimizer
 from fedllm_sec.federation.run_folder import ArmFolder, check_free, claim
 from fedllm_sec.federation.scale import choose_scale, stand_ins
+from fedllm_sec.federation.shared import SHARED
 from fedllm_sec.federation.success import goals_of
 from fedllm_sec.federation.texts import Data, load_data
 from fedllm_sec.federation.trackers import check_trackers
@@ -94,14 +96,17 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     world.wait()
     here = environment(learner, world)
     gc.freeze()  # `Trainer` collects garbage for every client: half a second each, were all that was loaded looked at
+    cache = folder / SHARED
     for name, arm in config.arms.items():
         place = ArmFolder(folder / name)
         if world.is_main:
             alone = config.model_copy(update={"arms": {name: arm}, "claims": ()})
             prepare_arm(place, to_yaml(alone), here, learner)
         world.wait()
-        Arm(name, arm, methods[name], config, place, world, learner, goals_of(name, config, methods)).run()
+        goals = goals_of(name, config, methods)
+        Arm(name, arm, methods[name], config, place, world, learner, goals, None if world.sharded else cache).run()
     if world.is_main:
+        shutil.rmtree(cache, ignore_errors=True)
         write_json(folder / "summary.json", summary(config, folder))
     world.wait()
     return folder

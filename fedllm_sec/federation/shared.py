@@ -16,6 +16,7 @@ from pathlib import Path
 from fedllm_sec.federation.run_folder import client_name
 from fedllm_sec.updates.files import PARTIAL, write_json
 
+SHARED = "shared"  # in a run's or a seed's folder: what honest clients sent, by what it was made from
 NOTE = "shared.json"  # in a round's folder: how many of its trainings were done, and whose were linked
 
 

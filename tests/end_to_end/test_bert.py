@@ -6,6 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedllm_sec.config import resolve
+from fedllm_sec.federation.experiment import run_experiment
+from fedllm_sec.federation.world import World
 from tests.launch import ROOT, assert_same_run, launch
 
 RECIPE = ROOT / "recipes" / "bert_20news.py"
@@ -18,12 +21,20 @@ def arguments(bert):
     return [*tiny, *(f"arms.{arm}.attack_rounds.first=2" for arm in ("attacked", "defended"))]
 
 
-def test_two_processes_write_the_bytes_of_one(bert, tmp_path):
-    """All three arms, with the backdoor and m-Krum."""
-    for name, config in (("one", "cpu"), ("two", "cpu_2")):
+def test_two_processes_write_the_bytes_of_one(bert, tmp_path, monkeypatch):
+    """All three arms, with the backdoor and m-Krum; what honest clients sent in the first round was trained once."""
+    for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        launch(config, *arguments(bert), "training.batch_size=4", cwd=tmp_path / name, recipe=RECIPE)
+    monkeypatch.chdir(tmp_path / "one")
+    config = resolve(ROOT / "configs/exp08_bert_20news.yaml", [*arguments(bert), "training.batch_size=4"], "local")
+    run_experiment(config, World())
+    launch("cpu_2", *arguments(bert), "training.batch_size=4", cwd=tmp_path / "two", recipe=RECIPE)
     assert_same_run(tmp_path / "one/run", tmp_path / "two/run")
+    first, second = (
+        json.loads(path.read_text()) for path in sorted((tmp_path / "one/run/defended").glob("*/shared.json"))
+    )
+    assert (first["trained"], second["trained"]) == (0, 8)
+    assert not (tmp_path / "one/run/shared").exists()
     summary = json.loads((tmp_path / "two/run/summary.json").read_text())
     assert {"accuracy", "macro_f1", "attack_success"} <= summary["attacked"].keys()
     assert (tmp_path / "two/run/report/index.html").is_file()

@@ -21,6 +21,7 @@ from fedllm_sec.federation.loop import Arm, prepare_arm
 from fedllm_sec.federation.matrix.settings import Cell, Matrix
 from fedllm_sec.federation.methods import Methods, build_methods
 from fedllm_sec.federation.run_folder import ArmFolder
+from fedllm_sec.federation.shared import SHARED
 from fedllm_sec.federation.success import Goals, goals_of
 from fedllm_sec.federation.world import World
 from fedllm_sec.registry import attack
@@ -34,7 +35,6 @@ from fedllm_sec.updates.files import write_text
 logger = logging.getLogger(__name__)
 
 FAILED = "failed.txt"  # in a cell's folder: why it was given up
-SHARED = "shared"  # in a seed's folder: what honest clients sent, by what it was made from
 
 
 class NothingToTrainError(InputError):

@@ -13,15 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fedllm_sec.config import to_yaml
 from fedllm_sec.federation.experiment import summary
-from fedllm_sec.federation.matrix.cells import SHARED, Job, Outcome, cores, hushed
+from fedllm_sec.federation.matrix.cells import Job, Outcome, cores, hushed
 from fedllm_sec.federation.matrix.results import collect, cost, rows_of
 from fedllm_sec.federation.matrix.settings import Matrix
 from fedllm_sec.federation.matrix.workers import outcomes
 from fedllm_sec.federation.run_folder import check_free, claim
+from fedllm_sec.federation.shared import SHARED
 from fedllm_sec.federation.trackers import check_trackers
 from fedllm_sec.reports.read import SUCCESS
 from fedllm_sec.tasks.arrays import ArrayTask
-from fedllm_sec.tasks.task import task
+from fedllm_sec.tasks.task import Classification, task
 from fedllm_sec.terminal import console
 from fedllm_sec.training.prepare import prepare_base
 from fedllm_sec.updates.errors import InputError
@@ -40,12 +41,13 @@ def run_matrix(matrix: Matrix, processes: int | None = None, *, resume: bool = F
         InputError: if the folder is not free, data or model cannot be had, or no cell has the metric.
     """
     first = matrix.configs[0]
-    small = isinstance(task.build(first.task.name, first.task.parameters), ArrayTask)
+    work = task.build(first.task.name, first.task.parameters)
+    small = isinstance(work, ArrayTask)
     check_trackers(first.trackers)
     take_folders(matrix, resume=resume)
     if not small:
         with hushed():
-            prepare_base(first.model)  # once, and not in every process
+            prepare_base(first.model, classifies=isinstance(work, Classification))  # once, and not in every process
     every = [Job(config.seed, cell) for config in matrix.configs for cell in matrix.cells if cell.name in config.arms]
     jobs = [job for job in every if rows_of(job.folder(matrix), matrix.config(job.seed)) is None]
     count = min(processes or default_processes(first.training.threads, small), max(len(jobs), 1))
