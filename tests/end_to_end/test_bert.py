@@ -57,6 +57,10 @@ def test_zero_trains_and_saves_the_head_whole(bert, whole, tmp_path, stage):
         expected, found = load_file(path), load_file(tmp_path / "run" / path.relative_to(whole))
         assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in expected.items()}
         assert all(t.dtype == torch.float32 for t in found.values())
-        for name in start if "global_0000" not in str(path) else ():
-            error, update = (float((x[name] - expected[name]).norm()) for x in (found, start))
-            assert error <= 1e-2 * update + 1e-6, (path, name)
+        if "global_0000" in str(path):
+            continue
+        head = [name for name in expected if ".lora_" not in name]
+        assert len(head) == 4  # the classifier, and the pooler, which the checkpoint lacks
+        for names in (head, list(expected)):
+            error, update = (sum(float((x[n] - expected[n]).square().sum()) for n in names) for x in (found, start))
+            assert error < 1e-4 * update, path
