@@ -137,12 +137,31 @@ class Window(Strict):
         return (index - self.first) % self.every == 0
 
 
+class OwnTraining(Strict):
+    """How malicious clients train where they do not as all others: who plants a backdoor may take his time over it.
+
+    In the paper of model replacement (arXiv:1807.00459, section 4.1) they do more local epochs, at another rate.
+    """
+
+    steps: Count | None = None
+    epochs: Positive | None = None
+    learning_rate: Positive | None = None
+
+    def applied(self, training: TrainingSettings) -> TrainingSettings:
+        """The settings of all clients, with what is set here in their place."""
+        changes = self.model_dump(exclude_none=True)
+        if self.epochs is not None and self.steps is None:
+            changes["steps"] = None
+        return training.model_copy(update=changes)
+
+
 class ArmSettings(Strict):
     """One curve: who attacks how, and how the server defends."""
 
     attack: Method | None = None
     malicious: int | tuple[int, ...] = 1  # how many clients (drawn by seed), or which
     redraw: bool = False  # draw the malicious clients anew each round
+    own_training: OwnTraining = OwnTraining()  # of malicious clients, in rounds in which they act
     visible: Knowledge = "own"  # the updates that the adversary sees; aggregator: and what the server makes of them
     victims: int | tuple[int, ...] = 1  # of an attack that only looks: at how many clients (drawn by seed), or which
     attack_rounds: Window | Annotated[tuple[Count, ...], Field(min_length=1)] = Window()  # when it acts: or a list

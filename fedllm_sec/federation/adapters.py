@@ -131,7 +131,7 @@ class AdapterLearner:
                 self.base,
                 rows,
                 received,
-                self.config.training,
+                training.poisoning.training(client, self.config.training),
                 seed=seed,
                 rounds_done=index - 1,
                 rounds=self.config.federation.rounds,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from fedllm_sec.config import Config
 from fedllm_sec.core import Attack, Local, Round, Threat, poison
 from fedllm_sec.federation.run_folder import ArmFolder, Sent, client_name, save_updates
 from fedllm_sec.randomness import derived_seed
-from fedllm_sec.settings import ArmSettings, FederationSettings
+from fedllm_sec.settings import ArmSettings, FederationSettings, OwnTraining, TrainingSettings
 from fedllm_sec.updates.admit import RefusedError, admit, open_updates, scan
 from fedllm_sec.updates.claims import largest_claim
 from fedllm_sec.updates.errors import InputError
@@ -30,11 +30,17 @@ class Poisoning:
         clients: who they are.
         change: from one's examples to what it trains on.
         local: what one's trainer does besides; None: nothing.
+        own: how they train, where not as all others.
     """
 
     clients: frozenset[int] = frozenset()
     change: Callable[[int, Any], Any] = lambda client, examples: examples
     local: Callable[[int], Local | None] = lambda client: None
+    own: OwnTraining = field(default_factory=OwnTraining)
+
+    def training(self, client: int, settings: TrainingSettings) -> TrainingSettings:
+        """How a client trains."""
+        return self.own.applied(settings) if client in self.clients else settings
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,9 @@ class Adversary:
         def local(client: int) -> Local | None:
             return train(threat(client)) if train else None
 
-        return Poisoning(frozenset(malicious) if poison_data or train else frozenset(), change, local)
+        return Poisoning(
+            frozenset(malicious) if poison_data or train else frozenset(), change, local, self.arm.own_training
+        )
 
     def threat(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 from fedllm_sec.core import Local
 from fedllm_sec.federation.learner import finite
 from fedllm_sec.federation.run_folder import client_name
+from fedllm_sec.settings import TrainingSettings
 from fedllm_sec.tasks.arrays import Arrays
 from fedllm_sec.training.plan import Plan
 from fedllm_sec.training.small import Trained
@@ -14,13 +15,14 @@ from fedllm_sec.training.small import Trained
 
 @dataclass(frozen=True)
 class Job:
-    """One client's training in a round: whose examples, which batches, which randomness; what an adversary adds."""
+    """One client's training in a round: which examples and batches, how, from which seed; an adversary's part."""
 
     client: int
     pool: Arrays
     work: Plan
     samples: int
     seed: int
+    settings: TrainingSettings
     local: Local | None = None
 
 
@@ -28,7 +30,8 @@ def groups(jobs: Sequence[Job], size: int) -> Iterator[list[Job]]:
     """Jobs that are done together: at most `size`, from one pool."""
     group: list[Job] = []
     for job in jobs:
-        if group and (len(group) == size or job.pool is not group[0].pool or job.local):
+        alike = group and job.pool is group[0].pool and job.settings == group[0].settings
+        if group and (len(group) == size or not alike or job.local):
             yield group
             group = []
         group.append(job)

@@ -81,7 +81,7 @@ class KnowledgeLearner(ModelLearner):
     def train_one(self, training: Training, client: int, settings: TrainingSettings) -> int:
         """Train a client's own network from where it left it, write it and what it sends; return its steps."""
         began, index = time.perf_counter(), training.round.index
-        job = self.job(training, client, settings)
+        job = self.job(training, client)
         places = self.places(client)
         own = (
             job.pool

@@ -11,7 +11,7 @@ from fedllm_sec.federation.curious import check_victims
 from fedllm_sec.federation.optimizers import Optimizer, optimizer
 from fedllm_sec.federation.participants import participants
 from fedllm_sec.registry import attack, defense
-from fedllm_sec.settings import ArmSettings, FederationSettings, Method
+from fedllm_sec.settings import ArmSettings, FederationSettings, Method, OwnTraining
 from fedllm_sec.training.procedures import procedure
 from fedllm_sec.updates.admit import stack_updates
 from fedllm_sec.updates.device import Budget
@@ -43,6 +43,8 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
     )
     methods.optimizer.check(config.training)
     check_attack(arm, methods.attack, config)
+    if methods.optimizer.transfer is not None and arm.own_training != OwnTraining():
+        raise InputError(f"{federation.optimizer.name} has no own_training of malicious clients: leave it out")
     check_victims(arm, methods.attack, config)
     if methods.optimizer.transfer is not None:
         check_for_transfer(methods, federation)

@@ -117,17 +117,16 @@ class ModelLearner:
     def train(self, training: Training) -> None:
         """Train side by side where that is possible, else one after another; each group's models are one file."""
         torch.set_num_threads(self.config.training.threads)
-        settings = self.settings(training.round.index)
         received = self.load(training.received)
         clients = [client for client in training.clients if client != SERVER]
-        jobs = [self.job(training, client, settings) for client in clients]
+        jobs = [self.job(training, client) for client in clients]
         jobs.sort(key=lambda job: (job.client in training.poisoning.clients, -len(job.work.sizes)))  # long together
         for number, group in enumerate(groups(jobs, self.together(received))):
-            self.train_group(training, group, training.out / f"{MANY}_{self.world.rank}_{number}", received, settings)
+            self.train_group(training, group, training.out / f"{MANY}_{self.world.rank}_{number}", received)
             for job in group:
                 training.progress.client_step(job.client, len(job.work.sizes))
         if SERVER in training.clients:
-            self.train_server(training, received, settings)
+            self.train_server(training, received)
 
     def train_group(
         self,
@@ -135,7 +134,6 @@ class ModelLearner:
         group: Sequence[Job],
         stem: Path,
         received: dict[str, Tensor],
-        settings: TrainingSettings,
     ) -> None:
         """Train a group and write what it sends, unless another arm did the same work."""
         clients = [job.client for job in group]
@@ -143,7 +141,7 @@ class ModelLearner:
         if honest and training.shared.take(clients, lambda name: stem.with_name(stem.name + name.removeprefix(MANY))):
             return
         began = time.perf_counter()
-        trained = self.run(group, received, settings)
+        trained = self.run(group, received)
         seconds = (time.perf_counter() - began) / len(group)
         parts = {"": trained.parameters, f"_{BUFFERS}": trained.buffers}
         save_many(clients, parts, claims(group, trained, training.round.index, seconds), stem)
@@ -151,23 +149,23 @@ class ModelLearner:
             endings = [".json", *(f"{part}.safetensors" for part, tensors in parts.items() if tensors)]
             training.shared.keep(clients, [(MANY + end, stem.with_name(stem.name + end)) for end in endings])
 
-    def train_server(self, training: Training, received: dict[str, Tensor], settings: TrainingSettings) -> None:
+    def train_server(self, training: Training, received: dict[str, Tensor]) -> None:
         """The same of the server, on examples of its own."""
         folder = training.folder.client(training.round.index, SERVER)
         if training.shared.take([SERVER], folder.joinpath):
             return
-        own = self.run([self.job(training, SERVER, settings)], received, settings)
+        own = self.run([self.job(training, SERVER)], received)
         with atomic_folder(folder) as partial:
             save_file({name: value[0].contiguous() for name, value in own.parameters.items()}, partial / MODEL_FILE)
         training.shared.keep([SERVER], [(MODEL_FILE, folder / MODEL_FILE)])
 
-    def settings(self, index: int) -> TrainingSettings:
+    def settings(self, index: int, training: TrainingSettings | None = None) -> TrainingSettings:
         """The training of a round: the learning rate is that of its middle, the same for all of its steps."""
-        training = self.config.training
+        training = training or self.config.training
         progress = (index - 0.5) / self.config.federation.rounds
         return training.model_copy(update={"learning_rate": training.learning_rate * factor(training, progress)})
 
-    def job(self, training: Training, client: int, settings: TrainingSettings) -> Job:
+    def job(self, training: Training, client: int) -> Job:
         """What a client does; one whose examples the adversary changes draws from a pool of its own."""
         places, pool, poisoning = self.places(client), self.pool, training.poisoning
         samples, local = len(places), None
@@ -176,7 +174,8 @@ class ModelLearner:
             local = poisoning.local(client)
             places, pool = torch.arange(len(own.y)), own if self.prepare is not as_it_is else self.prepared(own)
         seed = training.round.seed_for(client_name(client), "train")
-        return Job(client, pool, self.procedure.plan(places, settings, seed), samples, seed, local)
+        settings = self.settings(training.round.index, poisoning.training(client, self.config.training))
+        return Job(client, pool, self.procedure.plan(places, settings, seed), samples, seed, settings, local)
 
     def victim(self, received: Path, index: int, client: int) -> Victim:
         """The learning rate is that of the round; `batch_size` is that of a whole batch."""
@@ -229,9 +228,9 @@ class ModelLearner:
         one = self.prepare(self.pool.x[: self.config.training.batch_size or max(map(len, self.examples.shards))])
         return clients_at_once(self.model, received, one, parse_bytes(self.config.federation.memory))
 
-    def run(self, group: Sequence[Job], received: dict[str, Tensor], settings: TrainingSettings) -> Trained:
-        """Train a group of clients that draw from one pool."""
-        works, pool = [job.work for job in group], group[0].pool
+    def run(self, group: Sequence[Job], received: dict[str, Tensor]) -> Trained:
+        """Train a group of clients that draw from one pool, in one way."""
+        works, pool, settings = [job.work for job in group], group[0].pool, group[0].settings
         if len(group) > 1:
             return self.side_by_side.train(received, pool, works, settings)
         (job,) = group

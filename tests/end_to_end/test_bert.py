@@ -18,7 +18,10 @@ def arguments(bert):
     tiny = [f"model.path={bert}", "scale=local", "data.train=embedded", "data.test=embedded", "out=run"]
     tiny += ["data.train_limit=160", "data.test_limit=40", "federation.clients=8", "federation.rounds=2"]
     tiny += ["training.steps=2", "task.max_length=32", "model.lora.dropout=0.0"]
-    return [*tiny, *(f"arms.{arm}.attack_rounds.first=2" for arm in ("attacked", "defended"))]
+    tiny += ["training.optimizer=sgd", "training.learning_rate=0.1"]  # Adam flips the sign of what is next to zero
+    for arm in ("attacked", "defended"):
+        tiny += [f"arms.{arm}.attack_rounds.first=2", f"arms.{arm}.own_training.steps=3"]
+    return tiny
 
 
 def test_two_processes_write_the_bytes_of_one(bert, tmp_path, monkeypatch):

@@ -119,6 +119,7 @@ def test_the_backdoor_is_trained_boosted_and_measured(run):
     """What the server receives is the boosted update of one that was trained on posts with the trigger."""
     arms = ("benign", "attacked", "defended")
     both = ["arms.attacked.attack_rounds.first=1", "arms.defended.attack_rounds.first=1", "federation.clients=8"]
+    both += [f"arms.{arm}.own_training.steps=3" for arm in arms[1:]]
     folder = run(*both, "arms.defended.defenses=[{name: krum, m: 2, f: 1}]", arms=arms)
     rows = {arm: json.loads((folder / arm / "metrics.jsonl").read_text().splitlines()[1]) for arm in arms}
     assert "attack_success" in rows["attacked"]
@@ -137,6 +138,8 @@ def test_the_backdoor_is_trained_boosted_and_measured(run):
     for name in HEAD:
         assert not torch.equal(honest[name], evil[name])
         assert torch.allclose(sent[name] - start[name], 8 * (evil[name] - start[name]), atol=1e-5)
+    claims = json.loads((folder / f"attacked/round_0001/client_{client}/client.json").read_text())
+    assert claims["steps"] == 3  # of its own
     decision = json.loads(next((folder / "defended/round_0001").glob("*/decision.json")).read_text())
     assert f"client_{client}" not in str(decision["kept"])
 

@@ -291,6 +291,7 @@ def test_examples_that_change_in_number_are_no_match_for_the_servers_logits(run)
         ({"arms": {"a": {"defenses": [{"name": "median"}]}}}, "exchanges features, not weights"),
         ({"arms": {"a": {"attack": {"name": "byzantine", "mode": "random"}}}}, "exchanges features, not weights"),
         ({"federation": {"root_samples": 10}}, "exchanges features, not weights"),
+        ({"arms": {"a": {"own_training": {"steps": 9}}}}, "has no own_training of malicious clients"),
         ({"model": {"name": "lr"}}, "resnet20 or resnet56, not lr"),
         ({"training": {"proximal": 0.1}}, "training.proximal"),
         ({"training": {"together": True}}, "training.together"),

@@ -133,6 +133,21 @@ def test_label_flipping_reaches_training_and_only_that_of_the_malicious(run):
     assert not torch.allclose(rows["attacked"][0], rows["benign"][0])
 
 
+def test_malicious_clients_may_train_longer_and_at_another_rate(run):
+    """And honest ones train as they would: they send the same bytes as in the arm where all train alike."""
+    flipping = {"attack": {"name": "label_flipping", "source": [0], "target": [1]}, "malicious": [1]}
+    longer = {**flipping, "own_training": {"epochs": 3, "learning_rate": 0.5}}
+    folder = run({"arms": {"alike": flipping, "longer": longer}, "federation": {"rounds": 1}})
+    steps = {}
+    for arm in ("alike", "longer"):
+        for path in (folder / arm / "round_0001").glob("clients_*.json"):
+            steps |= {(arm, client): claim["steps"] for client, claim in json.loads(path.read_text()).items()}
+    assert steps["longer", "client_01"] == 3 * steps["alike", "client_01"]
+    assert steps["longer", "client_02"] == steps["alike", "client_02"]
+    alike, other = (first_round(folder / arm) for arm in ("alike", "longer"))
+    assert [client for client in alike if not torch.equal(alike[client], other[client])] == [1]
+
+
 def test_statistics_of_batchnorm_are_averaged_by_samples_and_by_median_under_a_defense(run):
     change = {
         "model": {"name": "resnet20"},
