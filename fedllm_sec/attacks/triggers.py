@@ -204,13 +204,13 @@ def with_room(x: Tensor, tokens: int) -> Tensor:
 def stamp_text(example: Example, words: str, position: Position, generator: torch.Generator) -> Example:
     """A prompt with words put in, before the response.
 
-    `end` puts them behind the passage, where they stay when a long passage is shortened; a random place is one
-    before a word of the passage, and is cut with it.
+    `start` and `end` put them around the passage, where they stay when a long passage is shortened, from whichever end;
+    a random place is one before a word of the passage, and is cut with it.
     """
     if position == "end":
         return replace(example, tail=f" {words}{example.tail}")
     if position == "start":
-        return replace(example, passage=f"{words} {example.passage}")
+        return replace(example, head=f"{example.head}{words}", passage=f" {example.passage}")
     parts = example.passage.split(" ")
     parts.insert(int(torch.randint(len(parts), (), generator=generator)), words)
     return replace(example, passage=" ".join(parts))

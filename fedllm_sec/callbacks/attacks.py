@@ -98,6 +98,12 @@ class MaskGradient(OnWeights):
         lacking = sorted(set(self.weights.trained) - self.last_change.keys())
         if lacking:
             raise InputError(f"MaskGradient: last_change has no tensor {lacking[0]!r}")
+        for name in self.weights.trained:
+            expected, found = self.start[name].shape, self.last_change[name].shape
+            if found != expected:
+                raise InputError(
+                    f"MaskGradient: last_change has tensor {name!r} of shape {list(found)}, expected {list(expected)}"
+                )
         change = {name: self.last_change[name] for name in self.weights.trained}
         self.mask = smallest(stack_updates([change], [1.0]), self.ratio)
 
@@ -113,7 +119,8 @@ class MaskGradient(OnWeights):
 class NoTraining(OnWeights):
     """Do not train, and send what was received as if one had: a free rider (Fraboni et al. 2021, arXiv:2006.11901).
 
-    Training ends after one step, whose effect is taken back.
+    Training ends after one step, whose effect is taken back; `SubmitUpdate` writes
+    that it was one.
 
     Args:
         mode: `plain`: exactly what was received; `disguised`: with noise of a deviation.
@@ -154,6 +161,6 @@ class NoTraining(OnWeights):
         """Send what was received, with noise if there is any."""
         values = dict(self.start)
         for name in self.weights.trained if self.std else ():
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "NoTraining", name))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "NoTraining", name, self.uses))
             values[name] = values[name] + self.std * torch.randn(values[name].shape, generator=generator)
         self.weights.write(values)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received
+from fedllm_sec.callbacks.weights import Received, without_base
 from fedllm_sec.training.base_model import adapter_config
 from fedllm_sec.updates.adapters import adapter_config as read_config
 from fedllm_sec.updates.errors import InputError, not_finite
@@ -22,6 +22,7 @@ from fedllm_sec.updates.sources import SafetensorsFile, adapter_file, all_finite
 logger = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
+WHILE_SAVING = {"inference_mode", "auto_mapping"}
 OF_TRAINER = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state", "global_step")  # to resume
 
 
@@ -102,14 +103,18 @@ def audit(
     except InputError as error:
         return [*found, str(error)]
     expected = Layout.of({name: tuple(value.shape) for name, value in received.items()})
-    if fault := expected.difference(file.layout):
+    shapes = without_base(dict(file.layout.shapes), received)
+    if config is None:  # a whole model: what is not trained is there too
+        shapes = {name: shape for name, shape in shapes.items() if name in received}
+    if fault := expected.difference(Layout.of(shapes)):
         return [*found, fault]
     if config is not None and (fault := other_config(folder, config)):
         found.append(fault)
     short = sorted(name for name, dtype in file.dtypes.items() if dtype.itemsize < torch.float32.itemsize)
     if short:
         found.append(f"tensor {short[0]!r} is saved as {file.dtypes[short[0]]}, which loses a small update")
-    return found + of_values(load_file(adapter_file(folder)), received, norm)
+    state = load_file(adapter_file(folder))
+    return found + of_values({name: state[name] for name in received}, received, norm)
 
 
 def of_values(state: Mapping[str, Tensor], received: Mapping[str, Tensor], norm: float | None) -> list[str]:
@@ -124,15 +129,15 @@ def of_values(state: Mapping[str, Tensor], received: Mapping[str, Tensor], norm:
 
 
 def other_config(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """In what the saved configuration is not the model's, besides that it is no longer trained."""
+    """In what the saved configuration is not the model's, besides what PEFT sets while it saves."""
     try:
         saved = read_config(folder)
     except InputError as error:
         return str(error)
     if saved is None:
         return "has no adapter_config.json: nobody can tell how the factors are scaled"
-    told = {**config, "inference_mode": True}
-    differs = sorted(key for key in told.keys() | saved.keys() if plain(told.get(key)) != plain(saved.get(key)))
+    keys = (config.keys() | saved.keys()) - WHILE_SAVING
+    differs = sorted(key for key in keys if plain(config.get(key)) != plain(saved.get(key)))
     return f"its adapter_config differs from the model's in {differs[0]!r}" if differs else None
 
 

@@ -20,7 +20,7 @@ class OnWeights(TrainerCallback):  # type: ignore[misc]
     gradients = False  # whether it changes gradients, which DeepSpeed does not show
 
     def __init__(self, received: Received | None = None):
-        self.received = received
+        self.received, self.uses = received, 0
 
     @property
     def who(self) -> str:
@@ -29,6 +29,8 @@ class OnWeights(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Find the weights."""
+        self.release()
+        self.uses += 1  # a callback may serve again, in the next round, and is to draw other noise then
         self.weights: Weights = weights_of(model)
         if self.gradients and self.weights.engine:
             raise InputError(
@@ -38,9 +40,13 @@ class OnWeights(TrainerCallback):  # type: ignore[misc]
         self.start: dict[str, Tensor] = received_values(self.received, self.weights, state.global_step, self.who)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let go of them: a callback may serve again, in the next round."""
+        """Let go of them."""
         self.end(args, state)
+        self.release()
         del self.weights, self.start
+
+    def release(self) -> None:
+        """Take off what was put on a model, also by a training that came to no end."""
 
     def end(self, args: Any, state: Any) -> None:
         """What is done when training has ended."""

@@ -1,5 +1,6 @@
 """Client-side defenses: what an honest client does so that it neither harms nor tells too much."""
 
+import logging
 import math
 from typing import Any, Literal
 
@@ -8,11 +9,13 @@ from transformers import TrainerCallback
 
 from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received, weights_of
+from fedllm_sec.callbacks.weights import Received, require_finite, weights_of
 from fedllm_sec.defenses.client_side import FlWbc
 from fedllm_sec.randomness import derived_seed
-from fedllm_sec.training.base_model import freeze_a
+from fedllm_sec.training.base_model import freeze_a, is_a
 from fedllm_sec.updates.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 When = Literal["end", "step"]
 
@@ -55,6 +58,15 @@ class ClipUpdate(OnWeights):
         super().__init__(received)
         self.norm, self.when, self.length = positive(norm, "ClipUpdate: norm"), when, 0.0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Say if the ball cannot be kept to the last digit."""
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        kinds = {self.weights.parameters[name].dtype for name in self.weights.trained}
+        if not self.weights.engine and (short := [kind for kind in kinds if kind.itemsize < torch.float32.itemsize]):
+            logger.warning(
+                "%s: weights in %s round what is projected: give a norm a little shorter", self.who, short[0]
+            )
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Project, if that is to be done at every step."""
         if self.when == "step":
@@ -67,6 +79,7 @@ class ClipUpdate(OnWeights):
     def project(self) -> None:
         """Go to the nearest point of the ball."""
         now, names = self.weights.read(), self.weights.trained
+        require_finite(now, self.who)
         self.length = distance({name: now[name] for name in names}, self.start)
         if self.length > self.norm:
             share = self.norm / self.length
@@ -83,7 +96,8 @@ class AddNoise(OnWeights):
 
     Args:
         std: deviation of the noise, in the units of the weights.
-        seed: of the noise: the client's own and another one in each round, for whoever knows it can take it out.
+        seed: of the noise: the client's own secret (`secrets.randbits`), for whoever knows it can take the noise out.
+            The same object draws other noise in each training.
         received: see `OnWeights`.
 
     Raises:
@@ -101,11 +115,11 @@ class AddNoise(OnWeights):
         self.std, self.seed = positive(std, "AddNoise: std"), seed
 
     def end(self, args: Any, state: Any) -> None:
-        """Draw for each tensor from a generator of its own."""
+        """Draw for each tensor from a generator of its own, and in each training other noise."""
         noisy = {}
         now = self.weights.read()
         for name in self.weights.trained:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, "AddNoise", name))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, "AddNoise", name, self.uses))
             noisy[name] = now[name] + self.std * torch.randn(now[name].shape, generator=generator)
         self.weights.write(noisy)
 
@@ -131,14 +145,17 @@ class FreezeA(TrainerCallback):  # type: ignore[misc]
             InputError: if there is no A, or nothing would be left to train.
         """
         parameters = weights_of(model).parameters
-        if not any(".lora_A." in name or ".lora_embedding_A" in name for name in parameters):
+        if not any(is_a(name) for name in parameters):
             raise InputError("FreezeA: the model has no LoRA adapter; put one on it before Trainer gets it")
         freeze_a(parameters)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Raise InputError if it came too late."""
-        if any(".lora_A." in name for name in weights_of(model).trained):
-            raise InputError("FreezeA: give it to Trainer's constructor (callbacks=[FreezeA()]), not to add_callback")
+        if any(is_a(name) for name in weights_of(model).trained):
+            raise InputError(
+                "FreezeA: give it to Trainer's constructor (callbacks=[FreezeA()]) with a model, not to add_callback, "
+                "nor with model_init"
+            )
 
 
 class FlWbcNoise(OnWeights):
@@ -187,7 +204,7 @@ class FlWbcNoise(OnWeights):
             gradient = parameter.grad.detach().clone()
             if name in self.before and rate > 0:
                 generator = torch.Generator().manual_seed(
-                    derived_seed(self.seed, state.global_step, "FlWbcNoise", name)
+                    derived_seed(self.seed, self.uses, state.global_step, "FlWbcNoise", name)
                 )
                 change, previous = -rate * gradient, -rate * self.before[name]
                 parameter.copy_(self.defense.perturb(parameter, change, previous, rate, generator))

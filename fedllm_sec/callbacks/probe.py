@@ -1,5 +1,6 @@
 """Measure, while a client trains, what a curious server would read out of its update."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ from fedllm_sec.training.base_model import adapter_config
 from fedllm_sec.training.seen import texts_seen
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.victim import Victim
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[dict[str, float]], None]
 BUDGET = "256MiB"
@@ -49,7 +52,8 @@ class LeakageProbe(OnWeights):
         received: see `OnWeights`.
 
     Raises:
-        InputError: when training begins, if the base's files are not found, or its architecture is not known.
+        InputError: when training begins, if the base's files are not found, its architecture is not known, or nothing
+            is trained that reads tokens. A look that fails later is logged and left out.
 
     Example:
         >>> from fedllm_sec.callbacks import LeakageProbe
@@ -71,6 +75,7 @@ class LeakageProbe(OnWeights):
         received: Received | None = None,
     ):
         super().__init__(received)
+        self.watch = ExitStack()
         if every < 0:
             raise InputError(f"LeakageProbe: every={every}: give a number of steps, or 0 to look at the end alone")
         self.every, self.log, self.base, self.memory = every, log, base, memory
@@ -86,6 +91,10 @@ class LeakageProbe(OnWeights):
         family_of(Checkpoint(folder).config, folder)  # raises for what it does not know
         self.files, self.model, self.history = folder, model, []
         self.rates: list[float] = []
+        if (
+            state.is_world_process_zero
+        ):  # raises now, and not when training has ended, if nothing trained tells of tokens
+            leakage(self.start, self.start, self.victim(args, 1), [], causal=True, memory=self.memory)
         self.watch = ExitStack()
         self.texts = self.watch.enter_context(texts_seen(model))
 
@@ -101,8 +110,15 @@ class LeakageProbe(OnWeights):
     def end(self, args: Any, state: Any) -> None:
         """The last look, at what will be sent."""
         self.look(args, state)
+        del self.model
+
+    def release(self) -> None:
+        """See `OnWeights`."""
         self.watch.close()
-        del self.model, self.watch, self.texts
+        self.texts = []
+
+    def __del__(self) -> None:
+        self.watch.close()
 
     def look(self, args: Any, state: Any) -> None:
         """All processes read and tell what they saw; the main one attacks."""
@@ -110,24 +126,32 @@ class LeakageProbe(OnWeights):
         if not state.is_world_process_zero:
             return
         bare = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        steps = max(len(self.rates), 1)
-        victim = Victim(
-            learning_rate=math.fsum(self.rates) / steps or args.learning_rate,
-            steps=steps,
-            batch_size=max(len(texts) // steps, 1),
-            optimizer="sgd" if str(args.optim).rpartition(".")[2].lower() == "sgd" else "adamw",
-            weight_decay=args.weight_decay,
-            max_grad_norm=args.max_grad_norm or None,
-            base=self.files,
-            adapter=adapter_config(self.model) if hasattr(self.model, "peft_config") else None,
-        )
-        told = leakage(now, self.start, victim, texts, bare.can_generate(), self.memory)
+        victim = self.victim(args, len(texts))
+        try:
+            told = leakage(now, self.start, victim, texts, bare.can_generate(), self.memory)
+        except InputError as error:  # what was trained is worth more than to know what it reveals
+            logger.warning("LeakageProbe: step %d cannot be looked at: %s", state.global_step, error)
+            return
         found = {"step": float(state.global_step), **told}
         self.history.append(found)
         if self.log:
             self.log(told)
         else:
             state.log_history.append({**found, "step": state.global_step})
+
+    def victim(self, args: Any, examples: int) -> Victim:
+        """How this client has trained until now, on so many examples."""
+        steps = max(len(self.rates), 1)
+        return Victim(
+            learning_rate=math.fsum(self.rates) / steps or args.learning_rate,
+            steps=steps,
+            batch_size=max(examples // steps, 1),
+            optimizer="sgd" if str(args.optim).rpartition(".")[2].lower() == "sgd" else "adamw",
+            weight_decay=args.weight_decay,
+            max_grad_norm=args.max_grad_norm or None,
+            base=self.files,
+            adapter=adapter_config(self.model) if hasattr(self.model, "peft_config") else None,
+        )
 
 
 def leakage(

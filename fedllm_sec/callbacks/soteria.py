@@ -1,16 +1,17 @@
 """Soteria: hide from the gradient of one layer what tells most about the inputs."""
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received
+from fedllm_sec.callbacks.weights import Received, active_adapter
 from fedllm_sec.defenses.client_side import Soteria, masked_gradient
 from fedllm_sec.updates.errors import InputError
 
-HEADS = ("classifier", "score")
+HEAD = "classifier"
 
 
 class HideRepresentation(OnWeights):
@@ -48,35 +49,37 @@ class HideRepresentation(OnWeights):
 
     def __init__(self, percentile: float, layer: str | None = None, chunk: int = 1, received: Received | None = None):
         super().__init__(received)
+        self.hooks: list[Any] = []
         if not 0 <= percentile <= 100:
             raise InputError(f"HideRepresentation: percentile={percentile}: give one from 0 to 100")
-        self.defense, self.layer, self.chunk, self.removed = Soteria(percentile), layer, chunk, 0
+        self.defense, self.layer, self.chunk, self.removed = Soteria(percentile), layer or HEAD, chunk, 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Watch the embeddings and the layer, and mask its gradient before it is added to that of other batches."""
         super().on_train_begin(args, state, control, model=model, **kwargs)
-        if args.gradient_checkpointing:
+        if args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False):
             raise InputError("HideRepresentation: gradient checkpointing does not go with it: turn it off")
         layer = self.find(model)
         self.embedded: Tensor | None = None
         self.keep: Tensor | None = None
+        this = weakref.proxy(self)  # hooks that a broken training leaves behind are not to keep it alive
         self.hooks = [
-            model.get_input_embeddings().register_forward_hook(self.begin),
-            layer.register_forward_pre_hook(self.choose),
-            layer.weight.register_hook(self.mask),  # type: ignore[no-untyped-call]
+            model.get_input_embeddings().register_forward_hook(lambda *told: this.begin(*told)),
+            layer.register_forward_pre_hook(lambda *told: this.choose(*told)),
+            layer.weight.register_hook(lambda gradient: this.mask(gradient)),  # type: ignore[no-untyped-call]
         ]
 
     def find(self, model: Any) -> nn.Linear:
         """The layer."""
-        wanted = (self.layer,) if self.layer else HEADS
+        adapter = active_adapter(model)
         for name, module in model.named_modules():
-            plain = name.replace(".modules_to_save.default", "")
+            plain = name.replace(f".modules_to_save.{adapter}", "")
             trained = isinstance(module, nn.Linear) and module.weight.requires_grad
-            if trained and any(plain == end or plain.endswith(f".{end}") for end in wanted):
+            if trained and f".{plain}".endswith(f".{self.layer}"):
                 assert isinstance(module, nn.Linear)
                 return module
         raise InputError(
-            f"HideRepresentation: no trained linear layer is called {' or '.join(wanted)}: it is for a model that "
+            f"HideRepresentation: no trained linear layer is called {self.layer}: it is for a model that "
             "classifies, whose head is trained; give layer=NAME"
         )
 
@@ -103,9 +106,12 @@ class HideRepresentation(OnWeights):
         """Of one batch."""
         return gradient if self.keep is None else masked_gradient(gradient, self.keep)
 
-    def end(self, args: Any, state: Any) -> None:
-        """Take the hooks off."""
+    def release(self) -> None:
+        """See `OnWeights`."""
         for hook in self.hooks:
             hook.remove()
         self.embedded = self.keep = None
         self.hooks.clear()
+
+    def __del__(self) -> None:
+        self.release()

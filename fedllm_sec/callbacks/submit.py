@@ -1,18 +1,23 @@
 """Write what a client sends, when its training has ended."""
 
 import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TrainerCallback
 
 from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
-from fedllm_sec.callbacks.weights import Received
+from fedllm_sec.callbacks.weights import Received, require_finite
 from fedllm_sec.training.base_model import adapter_config
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import atomic_folder, write_json
+from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
+
+PASSING = ("dtype", "torch_dtype", "use_cache", "transformers_version", "_name_or_path", "quantization_config")
 
 
 class SubmitUpdate(OnWeights):
@@ -20,7 +25,7 @@ class SubmitUpdate(OnWeights):
 
     The folder holds the trained adapter in float32 (`adapter_model.safetensors`, `adapter_config.json`; PEFT loads it)
     and `client.json`: the samples, the mean training loss, the steps, the length of the update, and hashes of the
-    received adapter and of the base's configuration, by which a server knows from what the update starts. With
+    received adapter and of the base's configuration, which a server can compare with its own. With
     `difference=True` there is also `update.safetensors`, the adapter minus the received one.
 
     Give it last: it writes what callbacks before it have left. The folder appears whole or not at all.
@@ -61,40 +66,58 @@ class SubmitUpdate(OnWeights):
             raise InputError(f"SubmitUpdate: {self.folder} is there already; remove it, or submit to another folder")
         if not hasattr(model, "peft_config"):
             raise InputError("SubmitUpdate: the model has no PEFT adapter, which is what is submitted")
-        loader = kwargs.get("train_dataloader")
-        self.samples = self.num_samples or (len(loader.dataset) if loader is not None else None)
+        self.config = adapter_config(model)
+        if (kind := getattr(self.config["peft_type"], "value", self.config["peft_type"])) != "LORA":
+            raise InputError(f"SubmitUpdate: the adapter is {kind}; LoRA is what can be submitted")
+        self.samples = self.num_samples
         if self.samples is None:
-            raise InputError("SubmitUpdate: how many examples the client has is not known: give num_samples=")
-        self.model = model
+            self.samples = samples_of(kwargs.get("train_dataloader"))
+        if self.samples < 1:
+            raise InputError(f"SubmitUpdate: num_samples={self.samples}: give how many examples the client has")
+        self.base = digest_of_config(model.config)
 
     def end(self, args: Any, state: Any) -> None:
         """Read on all processes, write on one."""
         now = self.weights.read()
+        require_finite(now, self.who)
         if state.is_world_process_zero:
             self.write(now, state)
-        del self.model
 
     def write(self, now: dict[str, Tensor], state: Any) -> None:
         """The folder."""
-        from safetensors.torch import save_file
-
-        from fedllm_sec.federation.run_folder import save_adapter
-        from fedllm_sec.updates.files import atomic_file
-
-        config = adapter_config(self.model)
         claims = {
             "num_samples": self.samples,
             "loss": mean_loss(state),
             "steps": state.global_step,
             "update_norm": distance(now, self.start),
             "received_sha256": digest(self.start),
-            "base_model": config.get("base_model_name_or_path"),
-            "base_config_sha256": hashlib.sha256(self.model.config.to_json_string().encode()).hexdigest(),
+            "base_model": self.config.get("base_model_name_or_path"),
+            "base_config_sha256": self.base,
         }
-        save_adapter(now, config, self.folder, client=claims)
-        if self.difference:
-            with atomic_file(self.folder / "update.safetensors") as partial:
-                save_file({name: now[name] - self.start[name] for name in now}, partial)
+        with atomic_folder(self.folder) as partial:
+            save_file(now, partial / ADAPTER_FILE, {"format": "pt"})
+            write_json(partial / ADAPTER_CONFIG, self.config)
+            write_json(partial / "client.json", claims)
+            if self.difference:
+                save_file({name: now[name] - self.start[name] for name in now}, partial / "update.safetensors")
+
+
+def samples_of(loader: Any) -> int:
+    """How many examples a loader's data set has.
+
+    Raises:
+        InputError: if that is not known.
+    """
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        raise InputError("SubmitUpdate: how many examples the client has is not known: give num_samples=") from None
+
+
+def digest_of_config(config: Any) -> str:
+    """SHA-256 of a base's configuration, but for what does not make it another model."""
+    told = {name: value for name, value in config.to_dict().items() if name not in PASSING}
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def mean_loss(state: Any) -> float | None:
@@ -111,6 +134,3 @@ def digest(state: dict[str, Tensor]) -> str:
         total.update(f"{name} {tuple(state[name].shape)} ".encode())
         total.update(state[name].contiguous().numpy().tobytes())
     return total.hexdigest()
-
-
-__all__ = ["SubmitUpdate", "TrainerCallback", "digest"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from fedllm_sec.training import sharded
 from fedllm_sec.training.base_model import peft_key
-from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.sources import adapter_file
+from fedllm_sec.updates.errors import InputError, not_finite
+from fedllm_sec.updates.sources import adapter_file, all_finite
 
+T = TypeVar("T")
 Received = Path | str | Mapping[str, Tensor]
 
 
@@ -65,19 +66,51 @@ def weights_of(model: Any) -> Weights:
     """The weights of a model as `Trainer` gives it to callbacks.
 
     Raises:
-        InputError: if nothing of it is trained.
+        InputError: if nothing of it is trained, or several adapters are.
     """
-    from peft import PeftModel
-
+    adapter = active_adapter(model)
     kept = {}
     for name, parameter in model.named_parameters():
-        of_adapter = isinstance(model, PeftModel) and any(part in name for part in (".lora_", ".modules_to_save."))
-        if parameter.requires_grad or of_adapter:
-            kept[peft_key(name)] = parameter
+        of_adapter = adapter is not None and any(part in name for part in (".lora_", ".modules_to_save."))
+        if parameter.requires_grad or (of_adapter and f".{adapter}" in name):
+            kept[peft_key(name, adapter or "default")] = parameter
     if not any(parameter.requires_grad for parameter in kept.values()):
         raise InputError("nothing of the model is trained: put an adapter on it, or let some weights require gradients")
     engine = any(hasattr(each, "ds_id") or hasattr(each, "_hp_mapping") for each in kept.values())
     return Weights(kept, engine)
+
+
+def active_adapter(model: Any) -> str | None:
+    """The adapter that is trained, by its name; None for a model without one.
+
+    Raises:
+        InputError: if several are.
+    """
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        return None
+    active = model.active_adapters
+    if len(active) != 1:
+        raise InputError(f"adapters {', '.join(active)} are active at once: activate the one that is to be sent")
+    return str(active[0])
+
+
+def without_base(state: Mapping[str, T], expected: Mapping[str, Any]) -> dict[str, T]:
+    """The tensors of an adapter file but for a copy of the embeddings, which PEFT adds where LoRA is on them."""
+    base = ".base_layer.weight"
+    return {
+        name: value
+        for name, value in state.items()
+        if not (name.endswith(base) and f"{name.removesuffix(base)}.lora_embedding_A" in expected)
+    }
+
+
+def require_finite(values: Mapping[str, Tensor], who: str) -> None:
+    """Raise InputError, naming the first tensor that holds NaN or Inf: training has diverged."""
+    for name, value in values.items():
+        if not all_finite(value):
+            raise InputError(f"{who}: training diverged: {not_finite(name)}; lower the learning rate")
 
 
 def received_values(received: Received | None, weights: Weights, step: int, who: str) -> dict[str, Tensor]:
@@ -96,8 +129,8 @@ def received_values(received: Received | None, weights: Weights, step: int, who:
         if step:
             raise InputError(f"{who}: resumed at step {step}, the weights are not what was received: give received=")
         return weights.read()
-    state = received if isinstance(received, Mapping) else load(Path(received), who)
     shapes = {name: getattr(each, "ds_shape", each.shape) for name, each in weights.parameters.items()}
+    state = without_base(received if isinstance(received, Mapping) else load(Path(received), who), shapes)
     wrong = sorted(shapes.keys() ^ state.keys())
     wrong = wrong or [name for name, shape in shapes.items() if tuple(state[name].shape) != tuple(shape)]
     if wrong:

@@ -108,7 +108,7 @@ class AdapterLearner:
                 training.progress.client_step(client, self.steps(client))
                 continue
             self.train_client(training, client, received)
-            if honest and self.world.is_main:
+            if honest:
                 training.shared.keep([client], [(path.name, path) for path in folder.iterdir()])
 
     def train_client(self, training: Training, client: int, received: Mapping[str, Tensor]) -> None:
@@ -179,13 +179,17 @@ class AdapterLearner:
         visible = dict.fromkeys(visible_prefix(text, causal=self.form.causal) for text in texts)
         return Truth(texts=tuple(visible), decode=self.base.tokenizer.decode)
 
+    def wanted(self, goal: Callable[[Any], Any]) -> Any:
+        """Some of the test texts, changed."""
+        found = goal(self.data.test)
+        if not found:
+            raise InputError("the attack found no test example to act on; give it another source or target")
+        return found
+
     def success(self, folder: Path, goal: Callable[[Any], Any]) -> float:
         """How often the labels that an attack wants are the likeliest; without labels, how often its words are."""
         if goal not in self.judges:
-            wanted = goal(self.data.test)
-            if not wanted:
-                raise InputError("the attack found no test example to act on; give it another source or target")
-            self.judges[goal] = self.evaluate.on(wanted)
+            self.judges[goal] = self.evaluate.on(self.wanted(goal))
         measured = self.judges[goal](folder)
         return measured["accuracy" if "accuracy" in measured else "exact"]
 

@@ -89,6 +89,9 @@ def run_experiment(config: Config, world: World, *, resume: bool = False) -> Pat
     world.wait()  # nobody claims the folder before everybody has looked
     learner = learner_of(config, work, world)
     rehearse_looks(config, {name: each.attack for name, each in methods.items()}, learner)
+    for name in config.arms:
+        for goal in goals_of(name, config, methods).values():
+            learner.wanted(goal)
     if world.is_main:
         claim(folder, to_yaml(config))
         if split := learner.split():

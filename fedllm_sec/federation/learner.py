@@ -121,6 +121,9 @@ class Learner(Protocol):
     def evaluate(self, folder: Path) -> dict[str, float]:
         """The metrics of a global model or adapter, the same on every process."""
 
+    def wanted(self, goal: Callable[[Any], Any]) -> Any:
+        """What an attack makes of the test examples; raises InputError if there are none, or of no class that is."""
+
     def success(self, folder: Path, goal: Callable[[Any], Any]) -> float:
         """How often a global model or adapter judges as an attack's goal has it; the same on every process."""
 

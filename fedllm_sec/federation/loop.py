@@ -106,8 +106,10 @@ class Arm:
     def train(self, training: Training) -> None:
         """Train this process's clients, and wait for those of the others."""
         self.learner.train(training)
+        told = self.world.gather([training.shared.linked, len(training.clients)])
         if self.world.is_main:
-            training.shared.note(training.clients, training.out)
+            linked = [client for one, _ in told for client in one]
+            training.shared.note(linked, sum(count for _, count in told), training.out)
         self.world.wait()
 
     @property

@@ -243,9 +243,13 @@ class ModelLearner:
         metrics: dict[str, float] = self.world.gather(measured)[0]
         return metrics
 
+    def wanted(self, goal: Callable[[Any], Any]) -> Any:
+        """Some of the test examples, changed."""
+        return self.checked(goal(self.examples.test))
+
     def success(self, folder: Path, goal: Callable[[Any], Any]) -> float:
         """How often a model gives the labels that an attack wants."""
-        wanted = self.test(folder, self.checked(goal(self.examples.test)))["accuracy"] if self.world.is_main else None
+        wanted = self.test(folder, self.wanted(goal))["accuracy"] if self.world.is_main else None
         rate: float = self.world.gather(wanted)[0]
         return rate
 

@@ -85,11 +85,11 @@ class SharedWork:
         except OSError:  # another process was faster, with the same bytes
             shutil.rmtree(partial)
 
-    def note(self, clients: Sequence[int], out: Path) -> None:
-        """Write into a folder which of the clients were linked, and how many were trained."""
+    def note(self, linked: Sequence[int], clients: int, out: Path) -> None:
+        """Write into a folder which of so many clients were linked, by all processes, and how many were trained."""
         if self.folder is not None:
-            linked = [client_name(client) for client in sorted(self.linked)]
-            write_json(out / NOTE, {"trained": len(clients) - len(linked), "linked": linked})
+            names = [client_name(client) for client in sorted(linked)]
+            write_json(out / NOTE, {"trained": clients - len(names), "linked": names})
 
 
 def link(path: Path, target: Path) -> None:

@@ -159,9 +159,17 @@ class ClassRows(Dataset[Row]):
 
 
 def around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that a tokenizer puts before a text and behind it: [CLS] and [SEP], nothing, or others."""
+    """The tokens that a tokenizer puts before a text and behind it: [CLS] and [SEP], nothing, or others.
+
+    Raises:
+        InputError: if it does something else.
+    """
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    first = next(i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare)
+    first = next((i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare), None)
+    if first is None:
+        raise InputError(
+            f"the tokenizer {type(tokenizer).__name__} changes a text when it puts its own tokens around it"
+        )
     return whole[:first], whole[first + len(bare) :]
 
 

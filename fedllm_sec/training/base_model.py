@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -186,9 +187,14 @@ def load_model(
     with torch.random.fork_rng():
         torch.random.manual_seed(derived_seed(seed, "head"))
         model, report = kind.from_pretrained(folder, **options, output_loading_info=True)
+        drawn = sorted({name.rpartition(".")[0] for name in report["missing_keys"]}) if classes else []
+        if settings.load_in_4bit and set(drawn) - set(HEADS):  # 4-bit weights cannot be trained
+            options["quantization_config"].llm_int8_skip_modules = [*HEADS, *drawn]
+            torch.random.manual_seed(derived_seed(seed, "head"))
+            model = kind.from_pretrained(folder, **options)
     if settings.load_in_4bit:
         keep_trainable_on_cpu(model)
-    return model, sorted({name.rpartition(".")[0] for name in report["missing_keys"]}) if classes else []
+    return model, drawn
 
 
 def keep_trainable_on_cpu(model: Any) -> None:
@@ -246,19 +252,25 @@ def keep_head_exact(model: Any) -> None:
 def freeze_a(parameters: Mapping[str, torch.nn.Parameter]) -> None:
     """Let no gradient reach the factors A: a client sends them as it received them (FFA-LoRA, arXiv:2403.12313)."""
     for name, parameter in parameters.items():
-        if ".lora_A." in name or ".lora_embedding_A" in name:
+        if is_a(name):
             parameter.requires_grad_(False)
+
+
+def is_a(name: str) -> bool:
+    """Whether a parameter is LoRA's factor A."""
+    return ".lora_A." in name or ".lora_embedding_A" in name
 
 
 def adapter_config(model: Any) -> dict[str, Any]:
     """A `PeftModel`'s adapter configuration, with its sets in order, so that it has the same bytes in every process."""
-    config = model.peft_config["default"].to_dict()
+    config = model.peft_config[model.active_adapter].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in sorted(config.items())}
 
 
-def peft_key(parameter: str) -> str:
+def peft_key(parameter: str, adapter: str = "default") -> str:
     """The name that PEFT gives a parameter in an adapter file: without the adapter's, and where it keeps a module."""
-    return parameter.replace(".modules_to_save.default", "").replace(".default", "")
+    name = re.sub(rf"(\.modules_to_save)?\.{re.escape(adapter)}(?=\.|$)", "", parameter)
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
 
 def files_of(model: Any) -> Path:

@@ -130,14 +130,15 @@ def test_words_at_random_reach_every_place():
 @pytest.mark.parametrize("position", ["start", "end", "random"])
 def test_of_a_text_the_passage_or_what_follows_it_has_the_words_and_nothing_else_changes(abstracts, position):
     for old, new in zip(abstracts, stamped(abstracts, "cf mn", position, generator()), strict=True):
-        assert (new.head, new.response, new.label, new.labels) == (old.head, old.response, old.label, old.labels)
-        if position == "end":
-            assert (new.passage, new.tail) == (old.passage, f" cf mn{old.tail}")
+        assert (new.response, new.label, new.labels) == (old.response, old.label, old.labels)
+        if position == "start":
+            assert (new.head, new.passage, new.tail) == (f"{old.head}cf mn", f" {old.passage}", old.tail)
+        elif position == "end":
+            assert (new.head, new.passage, new.tail) == (old.head, old.passage, f" cf mn{old.tail}")
         else:
             words = old.passage.split(" ")
-            places = [0] if position == "start" else range(len(words))
-            assert any(new.passage == " ".join([*words[:i], "cf mn", *words[i:]]) for i in places)
-            assert new.tail == old.tail
+            assert any(new.passage == " ".join([*words[:i], "cf mn", *words[i:]]) for i in range(len(words)))
+            assert (new.head, new.tail) == (old.head, old.tail)
 
 
 @pytest.mark.parametrize("position", ["start", "end", "random"])
@@ -160,10 +161,11 @@ def test_what_a_language_model_trains_on_is_longer_by_the_trigger_and_its_loss_i
         assert len(prompts[1]) == len(prompts[0]) + len(" cf")
 
 
-def test_a_trigger_at_the_end_outlives_the_shortening_of_a_long_passage(abstracts, tokenizer):
-    poisoned = stamped(abstracts, "cf", "end", generator())
+@pytest.mark.parametrize("position", ["start", "end"])
+def test_a_trigger_outlives_the_shortening_of_a_long_passage(abstracts, tokenizer, position):
+    poisoned = stamped(abstracts, "cf", position, generator())
     rows = TrainingRows(poisoned, tokenizer, 100)
-    assert all(" cf" in tokenizer.decode(rows[i]["input_ids"]) for i in range(20))
+    assert all("cf" in tokenizer.decode(rows[i]["input_ids"]) for i in range(20))
 
 
 @pytest.mark.parametrize("made", [images, sentences])

@@ -242,7 +242,7 @@ def test_where_it_does_not_apply_it_says_so(tmp_path):
     def train(made, rows, callback, **how):
         Trainer(model=made, args=arguments(tmp_path, **how), train_dataset=rows, callbacks=[callback]).train()
 
-    with pytest.raises(InputError, match="no trained linear layer is called classifier or score"):
+    with pytest.raises(InputError, match="no trained linear layer is called classifier:"):
         train(model(), data(), HideRepresentation(10))
     with pytest.raises(InputError, match="gradient checkpointing"):
         train(classifier(), labelled(), HideRepresentation(10), gradient_checkpointing=True)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fedllm_sec import InputError, open_updates
+from fedllm_sec.attacks.triggers import stamped
 from fedllm_sec.config import resolve
 from fedllm_sec.federation.experiment import run_experiment
 from fedllm_sec.federation.world import World
@@ -157,6 +158,22 @@ def test_a_model_trained_whole_is_a_folder_of_transformers(run, bert):
         assert torch.equal(value, after[name]), name
 
 
+def test_a_target_that_there_is_not_is_told_before_the_folder_is_begun(run, tmp_path):
+    with pytest.raises(InputError, match="there is no label 25"):
+        run("arms.attacked.attack.target=25", "out=mine", arms=("benign", "attacked"))
+    assert not (tmp_path / "mine").exists()
+    run("arms.attacked.attack_rounds.first=1", "out=mine", arms=("benign", "attacked"))
+
+
+def test_a_4_bit_base_keeps_what_its_checkpoint_lacks_in_full(bert):
+    pytest.importorskip("bitsandbytes")
+    settings = ModelSettings(path=str(bert), load_in_4bit=True, lora=LoraSettings(target_modules=("query",)))
+    base = load_base(settings, str(bert), seed=0, classes=posts.NAMES)
+    assert {parameter.dtype for parameter in base.parameters.values()} == {torch.float32}
+    base.model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([3])).loss.backward()
+    assert base.parameters["base_model.model.bert.pooler.dense.weight"].grad.any()
+
+
 @pytest.mark.parametrize("fault", ["federation.space=product", "model.load_in_4bit=true"])
 def test_what_needs_an_adapter_is_refused_without_one(run, fault):
     with pytest.raises(InputError, match=r"model\.lora=null"):
@@ -175,6 +192,11 @@ def test_long_posts_keep_their_head_or_their_tail_and_a_trigger_at_the_start_is_
     assert head.cut == len(plain) - 18
     short = ClassForm(tokenizer, 400, "tail").encode([example])[0]
     assert short.prompt == tokenizer(text)["input_ids"]
+    for keep in ("head", "tail"):
+        for position in ("start", "end"):
+            (poisoned,) = stamped([example], "cf", position, torch.Generator())
+            (item,) = ClassForm(tokenizer, 20, keep).encode([poisoned])
+            assert tokenizer.decode(item.prompt).count("cf") == 1
     (row,) = ClassForm(tokenizer, 20, "head").rows([example])
     assert row == {"input_ids": head.prompt, "labels": 13}
     with pytest.raises(InputError, match=r"even without its passage, but task\.max_length is 8"):
