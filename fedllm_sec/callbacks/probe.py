@@ -91,10 +91,8 @@ class LeakageProbe(OnWeights):
         family_of(Checkpoint(folder).config, folder)  # raises for what it does not know
         self.files, self.model, self.history = folder, model, []
         self.rates: list[float] = []
-        if (
-            state.is_world_process_zero
-        ):  # raises now, and not when training has ended, if nothing trained tells of tokens
-            leakage(self.start, self.start, self.victim(args, 1), [], causal=True, memory=self.memory)
+        # an update of nothing: raises now, in all processes, if nothing that is trained tells of tokens
+        leakage(self.start, self.start, self.victim(args, 1), [], causal=True, memory=self.memory)
         self.watch = ExitStack()
         self.texts = self.watch.enter_context(texts_seen(model))
 

@@ -61,6 +61,18 @@ def test_a_client_whose_training_diverges_is_refused_and_the_round_goes_on(run, 
         run("federation.rounds=1", "federation.on_refused=stop", "out=other", arms=["benign"])
 
 
+def test_a_language_model_can_be_trained_whole_too(run):
+    from transformers import AutoModelForCausalLM
+
+    folder = run("model.lora=null", "federation.rounds=1", "training.learning_rate=1e-4", arms=["benign"])
+    before, after = metrics(folder, "benign")
+    assert after["test_loss"] < before["test_loss"]
+    saved = load_file(folder / "benign/global_0001/model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "benign/global_0001")
+    assert dict(loaded.named_parameters()).keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in loaded.named_parameters())
+
+
 def test_a_model_that_diverges_is_reported_as_such(run):
     folder = run("federation.rounds=1", "arms.attacked.attack.scale=1e30", arms=["attacked"])
     row = metrics(folder, "attacked")[1]
