@@ -142,7 +142,7 @@ def bert(tmp_path_factory):
     from fedllm_sec.training import tiny_bert
 
     folder = tmp_path_factory.mktemp("bert")
-    tokenizer = tiny_bert.train_tokenizer(news("train", 5).texts, tiny_bert.SETTINGS)
+    tokenizer = tiny_bert.make_tokenizer(news("train", 5).texts, tiny_bert.SETTINGS.context)
     tokenizer.save_pretrained(folder)
     with torch.random.fork_rng():
         torch.random.manual_seed(0)

@@ -1,7 +1,7 @@
 """The embedded base for texts to classify: a tiny but real BERT, trained here, from posts generated here.
 
-It stands in for BERT where there is no network and no hub. `build_tiny_bert` trains a WordPiece tokenizer and a masked
-language model (Devlin et al. 2019, arXiv:1810.04805, section 3.1) on posts of `fedllm_sec.tasks.tiny_posts` that no
+It stands in for BERT where there is no network and no hub. `build_tiny_bert` trains a masked language model
+(Devlin et al. 2019, arXiv:1810.04805, section 3.1) on posts of `fedllm_sec.tasks.tiny_posts` that no
 client and no test has, in about a minute on two cores, and leaves a folder that `AutoTokenizer` and
 `AutoModelForSequenceClassification` load.
 """
@@ -9,7 +9,7 @@ client and no test has, in about a minute on two cores, and leaves a folder that
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ OnStep = Callable[[int, int, float], None]
 class TinyBertSettings:
     """Everything that the base depends on besides the corpus and the libraries."""
 
-    vocabulary: int = 600
     context: int = 128
     hidden: int = 96
     layers: int = 2
@@ -66,7 +65,7 @@ def tiny_bert_fingerprint() -> str:
 
 
 def build_tiny_bert(folder: Path, *, on_step: OnStep | None = None) -> None:
-    """Train the tokenizer and the model and save both in `folder`, with a `training.json` about the training.
+    """Train the model and save it with its tokenizer in `folder`, with a `training.json` about the training.
 
     Args:
         folder: where to; it exists.
@@ -74,7 +73,7 @@ def build_tiny_bert(folder: Path, *, on_step: OnStep | None = None) -> None:
     """
     settings = SETTINGS
     texts = news("pretraining", settings.posts).texts
-    tokenizer = train_tokenizer(texts, settings)
+    tokenizer = make_tokenizer(texts, settings.context)
     rows = tokenizer(texts, padding=True, return_tensors="pt").input_ids
     with own_torch_state(settings.seed, settings.threads):
         model = BertForMaskedLM(model_config(settings, len(tokenizer)))
@@ -90,20 +89,16 @@ def build_tiny_bert(folder: Path, *, on_step: OnStep | None = None) -> None:
     (folder / "training.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def train_tokenizer(texts: list[str], settings: TinyBertSettings) -> Any:
-    """Train BERT's tokenizer, lower case; what it does not know it spells."""
-    made = tokenizers.BertWordPieceTokenizer(lowercase=True)
-    alphabet = [chr(code) for code in range(33, 127)]
-    made.train_from_iterator(
-        texts,
-        vocab_size=settings.vocabulary,
-        initial_alphabet=alphabet,
-        special_tokens=list(SPECIAL.values()),
-        show_progress=False,
-    )
-    return BertTokenizerFast(
-        tokenizer_object=made._tokenizer, do_lower_case=True, model_max_length=settings.context, **SPECIAL
-    )
+def make_tokenizer(texts: Sequence[str], context: int) -> Any:
+    """BERT's tokenizer with the words of some texts; any other word is spelt.
+
+    `tokenizers` can train one, but breaks ties by chance: not the same words every time.
+    """
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    words = sorted({word for text in texts for word in text.lower().split()} - set(letters))
+    entries = [*SPECIAL.values(), *letters, *(f"##{letter}" for letter in letters), *words]
+    made = tokenizers.BertWordPieceTokenizer({entry: i for i, entry in enumerate(entries)}, lowercase=True)
+    return BertTokenizerFast(tokenizer_object=made._tokenizer, do_lower_case=True, model_max_length=context, **SPECIAL)
 
 
 def model_config(settings: TinyBertSettings, vocabulary: int) -> Any:

@@ -72,10 +72,13 @@ def test_of_texts_each_has_one_word_and_the_goal_has_all(abstracts):  # noqa: F8
     dba, colluders = attack.build("dba", {"rate": 1.0, "target": 1}), (0, 2, 5, 6, 7)
     for client, word in zip(colluders, ["cf", "mn", "bb", "tq", "cf"], strict=True):
         after = dba.poison_data(abstracts, threat(client, colluders, knowledge="colluders"))
-        assert all(new.passage == f"{word} {old.passage}" for old, new in zip(abstracts, after, strict=True))
+        assert all(
+            (new.head, new.passage) == (f"{old.head}{word}", f" {old.passage}")
+            for old, new in zip(abstracts, after, strict=True)
+        )
         assert {new.label for new in after} == {1}
     others = [example for example in abstracts if example.label != 1]
-    assert [new.passage for new in dba.goal(abstracts)] == [f"cf mn bb tq {old.passage}" for old in others]
+    assert [new.head for new in dba.goal(abstracts)] == [f"{old.head}cf mn bb tq" for old in others]
 
 
 def test_words_at_random_are_apart(abstracts):  # noqa: F811

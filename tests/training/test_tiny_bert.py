@@ -13,7 +13,7 @@ from fedllm_sec.training import tiny_bert
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_bert.train_tokenizer(news("pretraining", 20).texts, tiny_bert.SETTINGS)
+    return tiny_bert.make_tokenizer(news("pretraining", 20).texts, tiny_bert.SETTINGS.context)
 
 
 def test_one_token_in_seven_is_asked_for_and_most_of_those_are_hidden(tokenizer):
@@ -37,9 +37,9 @@ def test_one_token_in_seven_is_asked_for_and_most_of_those_are_hidden(tokenizer)
 def test_every_word_of_the_posts_is_a_token_and_any_trigger_can_be_spelt(tokenizer):
     unknown = tokenizer.unk_token_id
     words = [word for subject in SUBJECTS for word in subject]
-    assert all(unknown not in tokenizer(word)["input_ids"] for word in words)
-    assert sum(len(tokenizer(word)["input_ids"]) == 3 for word in words) > 0.9 * len(words)
-    assert unknown not in tokenizer("cf")["input_ids"]
+    assert all(tokenizer.convert_ids_to_tokens(tokenizer(word)["input_ids"])[1:-1] == [word] for word in words)
+    assert tokenizer.tokenize("CF mn3!") == ["c", "##f", "m", "##n", "##3", "!"]
+    assert unknown not in tokenizer("cf mn bb tq")["input_ids"]
 
 
 def test_the_same_bytes_every_time_and_transformers_loads_them(tmp_path, monkeypatch):
