@@ -67,3 +67,14 @@ def test_zero_trains_and_saves_the_head_whole(bert, whole, tmp_path, stage):
         for names in (head, list(expected)):
             error, update = (sum(float((x[n] - expected[n]).square().sum()) for n in names) for x in (found, start))
             assert error < 1e-4 * update, path
+
+
+@pytest.mark.slow
+def test_the_embedded_scale_plants_a_backdoor_and_m_krum_keeps_it_out(tmp_path):
+    """The command of the README."""
+    launch("cpu_2", "scale=tiny", "out=run", cwd=tmp_path, recipe=RECIPE)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["benign"]["accuracy"] > 0.75
+    assert summary["attacked"]["attack_success"] > 0.5
+    assert summary["defended"]["attack_success"] < 0.1
+    assert summary["defended"]["accuracy"] > 0.7
