@@ -108,7 +108,7 @@ class AdapterLearner:
                 training.progress.client_step(client, self.steps(client))
                 continue
             self.train_client(training, client, received)
-            if honest:
+            if honest and training.cache:
                 training.shared.keep([client], [(path.name, path) for path in folder.iterdir()])
 
     def train_client(self, training: Training, client: int, received: Mapping[str, Tensor]) -> None:
