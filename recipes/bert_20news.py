@@ -7,24 +7,12 @@ replace all others) and `defended` (the same under m-Krum). Beside the accuracy 
 test posts with the trigger that are given the adversary's group. Everything is in the run's folder afterwards.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from fedllm_sec.federation.command import run_recipe
+from fedllm_sec.federation.command import run_script
 
 CONFIG = Path(__file__).parent.parent / "configs" / "exp08_bert_20news.yaml"
 
-
-def main() -> int:
-    """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, e.g. federation.rounds=3")
-    given = parser.parse_intermixed_args()
-    return run_recipe(given.config, given.overrides, resume=given.resume)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(__doc__, CONFIG))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedllm_sec.callbacks.base import OnWeights
 from fedllm_sec.callbacks.weights import Received
-from fedllm_sec.training.base_model import adapter_config
+from fedllm_sec.training.base_model import adapter_config, files_of
 from fedllm_sec.training.seen import texts_seen
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.victim import Victim
@@ -40,8 +40,7 @@ class LeakageProbe(OnWeights):
     - `leakage/seconds`: what the look took.
 
     Give it before callbacks that change the update at the end (`AddNoise`, `ClipUpdate`) to see what they will hide,
-    and after them to see what they have hidden. Of several processes the
-    main one attacks, and the others wait.
+    and after them to see what they have hidden. Of several processes the main one attacks, and the others wait.
 
     Args:
         every: steps between looks; 0: at the end alone. A look at a model of 22 M weights takes seconds to a minute.
@@ -192,8 +191,6 @@ def loaded_from(model: Any) -> Path:
     Raises:
         InputError: if they are nowhere.
     """
-    from fedllm_sec.training.base_model import files_of
-
     if not str(model.config.name_or_path):
         raise InputError("LeakageProbe: the model was not loaded from files; give base=FOLDER, where its files are")
     return files_of(model)

@@ -6,16 +6,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedllm_sec.attacks.local import distance
 from fedllm_sec.callbacks.base import OnWeights
 from fedllm_sec.callbacks.weights import Received, require_finite
-from fedllm_sec.training.base_model import adapter_config
+from fedllm_sec.training.base_model import adapter_config, files_of
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.files import atomic_folder, write_json
-from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
 
 PASSING = ("dtype", "torch_dtype", "use_cache", "transformers_version", "_name_or_path", "quantization_config")
 
@@ -25,7 +22,7 @@ class SubmitUpdate(OnWeights):
 
     The folder holds the trained adapter in float32 (`adapter_model.safetensors`, `adapter_config.json`; PEFT loads it)
     and `client.json`: the samples, the mean training loss, the steps, the length of the update, and hashes of the
-    received adapter and of the base's configuration, which a server can compare with its own. With
+    received adapter, of the base's files and of its configuration, which a server can compare with its own. With
     `difference=True` there is also `update.safetensors`, the adapter minus the received one.
 
     Give it last: it writes what callbacks before it have left. The folder appears whole or not at all.
@@ -67,14 +64,17 @@ class SubmitUpdate(OnWeights):
         if not hasattr(model, "peft_config"):
             raise InputError("SubmitUpdate: the model has no PEFT adapter, which is what is submitted")
         self.config = adapter_config(model)
-        if (kind := getattr(self.config["peft_type"], "value", self.config["peft_type"])) != "LORA":
-            raise InputError(f"SubmitUpdate: the adapter is {kind}; LoRA is what can be submitted")
+        if self.config["peft_type"] != "LORA":
+            raise InputError(f"SubmitUpdate: the adapter is {self.config['peft_type']}; LoRA is what can be submitted")
         self.samples = self.num_samples
         if self.samples is None:
             self.samples = samples_of(kwargs.get("train_dataloader"))
         if self.samples < 1:
             raise InputError(f"SubmitUpdate: num_samples={self.samples}: give how many examples the client has")
-        self.base = digest_of_config(model.config)
+        self.base = {
+            "base_config_sha256": digest_of_config(model.config),
+            "base_sha256": digest_of_files(model) if state.is_world_process_zero else None,
+        }
 
     def end(self, args: Any, state: Any) -> None:
         """Read on all processes, write on one."""
@@ -85,6 +85,8 @@ class SubmitUpdate(OnWeights):
 
     def write(self, now: dict[str, Tensor], state: Any) -> None:
         """The folder."""
+        from fedllm_sec.federation.run_folder import save_adapter
+
         claims = {
             "num_samples": self.samples,
             "loss": mean_loss(state),
@@ -92,14 +94,10 @@ class SubmitUpdate(OnWeights):
             "update_norm": distance(now, self.start),
             "received_sha256": digest(self.start),
             "base_model": self.config.get("base_model_name_or_path"),
-            "base_config_sha256": self.base,
+            **self.base,
         }
-        with atomic_folder(self.folder) as partial:
-            save_file(now, partial / ADAPTER_FILE, {"format": "pt"})
-            write_json(partial / ADAPTER_CONFIG, self.config)
-            write_json(partial / "client.json", claims)
-            if self.difference:
-                save_file({name: now[name] - self.start[name] for name in now}, partial / "update.safetensors")
+        difference = {"update": {name: now[name] - self.start[name] for name in now}} if self.difference else None
+        save_adapter(now, self.config, self.folder, beside=difference, client=claims)
 
 
 def samples_of(loader: Any) -> int:
@@ -112,6 +110,20 @@ def samples_of(loader: Any) -> int:
         return len(loader.dataset)
     except (AttributeError, TypeError):
         raise InputError("SubmitUpdate: how many examples the client has is not known: give num_samples=") from None
+
+
+def digest_of_files(model: Any) -> str | None:
+    """SHA-256 of the names and bytes of a base's safetensors files; None where it was not loaded from any."""
+    try:
+        found = sorted(files_of(model).glob("*.safetensors")) if model.config.name_or_path else []
+    except InputError:  # converted, or its files have gone
+        return None
+    total = hashlib.sha256()
+    for path in found:
+        total.update(f"{path.name} ".encode())
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest() if found else None
 
 
 def digest_of_config(config: Any) -> str:

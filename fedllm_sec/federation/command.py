@@ -1,5 +1,6 @@
 """What `fedllm-sec run` and the recipes do: configuration, experiment, report, table."""
 
+import argparse
 import logging
 import os
 import sys
@@ -14,6 +15,24 @@ from rich.markup import escape
 from fedllm_sec.federation.world import World
 from fedllm_sec.terminal import console
 from fedllm_sec.updates.errors import InputError
+
+
+def run_script(description: str | None, config: Path) -> int:
+    """What a recipe does: its command line, then `run_recipe`.
+
+    Args:
+        description: of the script, for `--help`.
+        config: the configuration that it runs by default.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=config)
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was cut off")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any field, e.g. federation.rounds=3")
+    given = parser.parse_intermixed_args()
+    return run_recipe(given.config, given.overrides, resume=given.resume)
 
 
 def run_recipe(path: Path, overrides: Sequence[str], *, resume: bool) -> int:

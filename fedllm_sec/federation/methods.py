@@ -43,8 +43,7 @@ def build_methods(arm: ArmSettings, config: Config) -> Methods:
     )
     methods.optimizer.check(config.training)
     check_attack(arm, methods.attack, config)
-    if methods.optimizer.transfer is not None and arm.own_training != OwnTraining():
-        raise InputError(f"{federation.optimizer.name} has no own_training of malicious clients: leave it out")
+    check_own_training(arm, methods, config)
     check_victims(arm, methods.attack, config)
     if methods.optimizer.transfer is not None:
         check_for_transfer(methods, federation)
@@ -73,6 +72,17 @@ def check_attack(arm: ArmSettings, chosen: Attack | None, config: Config) -> Non
     check_labels(arm, chosen, trained)
     if trains(chosen) and not procedure.build(trained.name, trained.parameters).heeds_local:
         raise InputError(f"{name} acts while clients train, and training.procedure={trained.name} has no place for it")
+
+
+def check_own_training(arm: ArmSettings, methods: Methods, config: Config) -> None:
+    """Raise InputError where nobody would train as `own_training` says."""
+    if arm.own_training == OwnTraining():
+        return
+    if methods.optimizer.transfer is not None:
+        raise InputError(f"{config.federation.optimizer.name} has no own_training of malicious clients: leave it out")
+    if methods.attack is None or not (methods.attack.poison_data or trains(methods.attack)):
+        name = arm.attack.name if arm.attack else "an arm without an attack"
+        raise InputError(f"own_training: {name} changes nothing of how clients train: leave it out")
 
 
 def trains(chosen: Attack) -> bool:

@@ -160,15 +160,29 @@ def save_many(
     write_json(stem.with_suffix(".json"), rows)
 
 
-def save_adapter(state: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path, **files: Any) -> None:
-    """Write a PEFT adapter folder, whole or not at all; `files` are JSON files beside the adapter, by stem.
+def save_adapter(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+    *,
+    beside: Mapping[str, Mapping[str, Tensor]] | None = None,
+    **files: Any,
+) -> None:
+    """Write a PEFT adapter folder, whole or not at all.
 
-    Where the configuration is a model's it is one of transformers: the state is a whole model's.
+    Args:
+        state: the adapter; with a model's configuration a whole model's, whose folder is one of transformers.
+        config: PEFT's adapter configuration, or the model's.
+        folder: where.
+        beside: more tensors, by the stem of their file.
+        files: JSON files, by stem.
     """
     adapted = "peft_type" in config
     with atomic_folder(folder) as partial:
         save_file(dict(state), partial / (ADAPTER_FILE if adapted else MODEL_FILE), {"format": "pt"})
         write_json(partial / (ADAPTER_CONFIG if adapted else MODEL_CONFIG), config)
+        for stem, tensors in (beside or {}).items():
+            save_file(dict(tensors), partial / f"{stem}.safetensors")
         for stem, content in files.items():
             write_json(partial / f"{stem}.json", content)
 

@@ -1,6 +1,6 @@
 """Examples as tokens: prompt and response apart, so that the loss can be on the response alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +78,10 @@ def first_tokens(tokenizer: Any) -> list[int]:
     return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
 
-def shortened(examples: Sequence[Example], tokenizer: Any, limit: int) -> Shortened:
+def count_cut(examples: Sequence[Example], encode: Callable[[Sequence[Example]], list[Encoded]]) -> int:
     """Encode all texts once, to count those that are cut and to fail early on those that do not fit; keep nothing."""
-    cut = 0
-    for start in range(0, len(examples), TOGETHER):
-        cut += sum(item.cut > 0 for item in encode(examples[start : start + TOGETHER], tokenizer, limit))
-    return Shortened(len(examples), cut, limit)
+    parts = (examples[start : start + TOGETHER] for start in range(0, len(examples), TOGETHER))
+    return sum(item.cut > 0 for part in parts for item in encode(part))
 
 
 class TrainingRows(Dataset[dict[str, list[int]]]):

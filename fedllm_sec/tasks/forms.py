@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch.utils.data import Dataset
 
-from fedllm_sec.tasks.encoding import TOGETHER, Encoded, Shortened, TrainingRows, encode, padded, shortened
+from fedllm_sec.tasks.encoding import Encoded, Shortened, TrainingRows, count_cut, encode, padded
 from fedllm_sec.tasks.evaluation import Score, metrics, score
 from fedllm_sec.tasks.task import Classification, Example, Task
 from fedllm_sec.updates.errors import InputError
@@ -21,10 +21,6 @@ class Form(Protocol):
     @property
     def causal(self) -> bool:
         """Whether a token is read from those before it alone."""
-
-    @property
-    def limit(self) -> int:
-        """The longest text, in tokens."""
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as tokens; raises InputError for one that does not fit."""
@@ -63,7 +59,7 @@ class WordsForm:
 
     def shortened(self, examples: Sequence[Example]) -> Shortened:
         """The end of the passage is cut."""
-        return shortened(examples, self.tokenizer, self.limit)
+        return Shortened(len(examples), count_cut(examples, self.encode), self.limit)
 
     def rows(self, examples: Sequence[Example]) -> Dataset[Row]:
         """The loss is on the response alone."""
@@ -115,11 +111,9 @@ class ClassForm:
         return encoded
 
     def shortened(self, examples: Sequence[Example]) -> Shortened:
-        """Encode all once, to count and to fail early."""
-        cut = 0
-        for first in range(0, len(examples), TOGETHER):
-            cut += sum(item.cut > 0 for item in self.encode(examples[first : first + TOGETHER]))
-        return Shortened(len(examples), cut, self.limit, "end" if self.keep == "head" else "beginning")
+        """The end of the passage is cut, or its beginning."""
+        part = "end" if self.keep == "head" else "beginning"
+        return Shortened(len(examples), count_cut(examples, self.encode), self.limit, part)
 
     def rows(self, examples: Sequence[Example]) -> Dataset[Row]:
         """A text, and the number of its class."""
@@ -133,8 +127,8 @@ class ClassForm:
         likelihoods = torch.log_softmax(logits.double(), dim=-1).tolist()
         scores = []
         for item, row in zip(batch, likelihoods, strict=True):
-            label = item.label if item.label is not None else 0
-            scores.append(Score(-row[label], 1, tuple(row), exact=max(row) == row[label]))
+            assert item.label is not None  # of a classification every example has one
+            scores.append(Score(-row[item.label], 1, tuple(row), exact=max(row) == row[item.label]))
         return scores
 
     def metrics(self, scores: Sequence[Score], encoded: Sequence[Encoded]) -> dict[str, float]:

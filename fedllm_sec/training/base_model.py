@@ -36,6 +36,7 @@ class BaseModel:
             them, and a classifier's head; trained whole, all by their names in a checkpoint.
         description: what was loaded, for people.
         launch: keeps alive what tells transformers how this launch shards models; None where it does not.
+        classifies: whether it tells classes of texts apart.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class BaseModel:
     parameters: Mapping[str, torch.nn.Parameter]
     description: str
     launch: Any = None
+    classifies: bool = False
 
     @property
     def context(self) -> int | None:
@@ -116,7 +118,7 @@ def load_base(
         freeze_a(parameters)
     precision = "4-bit NF4" if settings.load_in_4bit else str(dtype).removeprefix("torch.")
     description = f"{settings.path} ({weights / 1e6:,.1f} M weights, {precision})"
-    return BaseModel(trained, tokenizer, parameters, description, launch)
+    return BaseModel(trained, tokenizer, parameters, description, launch, bool(classes))
 
 
 def prepare_tokenizer(tokenizer: Any, model: Any, settings: ModelSettings, classes: Sequence[str]) -> None:

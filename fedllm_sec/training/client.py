@@ -40,11 +40,6 @@ class ScheduledTrainer(Trainer):
     def __init__(self, settings: TrainingSettings, rounds_done: int, rounds: int, **options: Any):
         self.plan = (settings, rounds_done, rounds)
         super().__init__(**options)
-        bare = getattr(self.model, "base_model", self.model)
-        if "SequenceClassification" in type(getattr(bare, "model", bare)).__name__ + type(self.model).__name__:
-            # their loss is a mean, whatever it is told of the batch: `Trainer` would take it for a part of a sum, and
-            # multiply it by the number of processes and of accumulated batches (transformers 5.23)
-            self.model_accepts_loss_kwargs = False
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Place this round's steps within the run."""
@@ -94,6 +89,8 @@ def train_client(
             data_collator=Collator(base.tokenizer.pad_token_id),
             callbacks=list(callbacks),
         )
+        if base.classifies:  # its loss is a mean, which `Trainer` (transformers 5.23) takes for a part of a sum
+            trainer.model_accepts_loss_kwargs = False
         trainer.remove_callback(PrinterCallback)  # it prints a dictionary a client
         began = time.perf_counter()
         result = trainer.train()

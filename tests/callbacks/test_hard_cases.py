@@ -1,5 +1,6 @@
 """Adapters, data and endings that are not the usual ones."""
 
+import json
 import logging
 import shutil
 
@@ -174,6 +175,24 @@ def test_the_hash_of_a_base_is_that_of_what_it_is(tmp_path):
     assert digest_of_config(one) == digest_of_config(other)
     other.hidden_size = 64
     assert digest_of_config(one) != digest_of_config(other)
+
+
+def test_the_files_of_a_base_are_hashed_where_there_are_any(tmp_path):
+    claims = []
+    for name in ("one", "same", "other"):
+        made = base()
+        if name == "other":
+            made.model.norm.weight.data += 1
+        made.save_pretrained(tmp_path / name)
+        loaded = LlamaForCausalLM.from_pretrained(tmp_path / name)
+        adapted = get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM", r=2, **Q))
+        train(adapted, [SubmitUpdate(tmp_path / f"sent_{name}")], tmp_path)
+        claims.append(json.loads((tmp_path / f"sent_{name}/client.json").read_text()))
+    one, same, other = (claim["base_sha256"] for claim in claims)
+    assert one == same != other
+    assert len({claim["base_config_sha256"] for claim in claims}) == 1
+    train(model(), [SubmitUpdate(tmp_path / "sent")], tmp_path)
+    assert json.loads((tmp_path / "sent/client.json").read_text())["base_sha256"] is None
 
 
 def test_a_mask_of_another_shape_is_refused(tmp_path):

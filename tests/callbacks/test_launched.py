@@ -84,7 +84,7 @@ def assert_same_looks(folder, alone):
     assert json.loads((folder / "audit.1.json").read_text()) == {}
 
 
-def test_alone_each_does_what_it_says(alone):
+def assert_each_does_what_it_says(alone):
     plain, received = flat(update(alone, "plain")), flat(load_file(alone / "lazy/adapter_model.safetensors"))
     assert float(plain.norm()) > 5 * SHORT
     assert float(flat(update(alone, "clip")).norm()) == pytest.approx(SHORT, rel=1e-4)
@@ -97,6 +97,10 @@ def test_alone_each_does_what_it_says(alone):
     assert received.any()
     assert not any(value.any() for name, value in update(alone, "freeze").items() if "lora_A" in name)
     assert json.loads((alone / "refused.0.json").read_text()) == {}
+
+
+def test_alone_each_does_what_it_says(alone):
+    assert_each_does_what_it_says(alone)
 
 
 def test_two_processes_do_what_one_does(alone, tmp_path):
@@ -127,4 +131,4 @@ def test_on_a_4_bit_base_they_do_what_they_say(tmp_path):
     """The adapter's values are float32 there too."""
     pytest.importorskip("bitsandbytes")
     folder = run(tmp_path / "4bit", None, "4", "4bit")
-    test_alone_each_does_what_it_says(folder)
+    assert_each_does_what_it_says(folder)

@@ -13,12 +13,13 @@ from fedllm_sec.attacks.triggers import stamped
 from fedllm_sec.config import resolve
 from fedllm_sec.federation.experiment import run_experiment
 from fedllm_sec.federation.world import World
-from fedllm_sec.settings import LoraSettings, ModelSettings
+from fedllm_sec.settings import LoraSettings, ModelSettings, TrainingSettings
 from fedllm_sec.tasks import posts
 from fedllm_sec.tasks.forms import ClassForm, around
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.tasks.tiny_posts import news
 from fedllm_sec.training.base_model import load_base
+from fedllm_sec.training.client import train_client
 from tests.launch import ROOT
 
 EXP08 = ROOT / "configs/exp08_bert_20news.yaml"
@@ -226,6 +227,22 @@ def test_scores_are_those_of_one_text_at_a_time(bert):
         assert max(range(20), key=score.labels.__getitem__) == int(one.logits.argmax())
     measured = form.metrics(scores, encoded)
     assert measured.keys() == {"test_loss", "accuracy", "macro_f1", "majority_accuracy"}
+
+
+def test_two_halves_of_a_batch_train_what_the_whole_trains(bert):
+    """`Trainer` takes a classifier's mean loss for a part of a sum: the halves would count twice."""
+    settings = ModelSettings(path=str(bert), lora=LoraSettings(dropout=0.0))
+    base = load_base(settings, str(bert), seed=0, classes=posts.NAMES)
+    form, made, start = ClassForm(base.tokenizer, 16, "head"), news("test", 1), base.adapter()
+    rows = form.rows([Example("", made.texts[i], "", posts.NAMES[i], i) for i in range(8)])
+    sgd = {"optimizer": "sgd", "learning_rate": 0.1, "max_grad_norm": None, "schedule": "constant", "warmup": 0.0}
+    changes = []
+    for size, parts in ((8, 1), (4, 2)):
+        how = TrainingSettings(steps=1, batch_size=size, gradient_accumulation=parts, **sgd)
+        turn = train_client(base, rows, start, how, seed=5, rounds_done=0, rounds=1)
+        changes.append(torch.cat([(turn.adapter[name] - start[name]).flatten() for name in start]))
+    assert float(changes[0].norm()) > 1e-3
+    assert float((changes[0] - changes[1]).norm()) < 1e-4 * float(changes[0].norm())
 
 
 def test_a_head_beside_a_bfloat16_base_is_trained_in_float32(bert, monkeypatch):

@@ -148,6 +148,12 @@ def test_malicious_clients_may_train_longer_and_at_another_rate(run):
     assert [client for client in alike if not torch.equal(alike[client], other[client])] == [1]
 
 
+@pytest.mark.parametrize("arm", [{}, RANDOM])
+def test_own_training_of_nobody_is_an_error(run, arm):
+    with pytest.raises(InputError, match="changes nothing of how clients train: leave it out"):
+        run({"arms": {"a": {**arm, "own_training": {"epochs": 3}}}})
+
+
 def test_statistics_of_batchnorm_are_averaged_by_samples_and_by_median_under_a_defense(run):
     change = {
         "model": {"name": "resnet20"},

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fedllm_sec import InputError
-from fedllm_sec.tasks.encoding import Collator, TrainingRows, encode, shortened
+from fedllm_sec.tasks.encoding import Collator, TrainingRows, encode
+from fedllm_sec.tasks.forms import WordsForm
 from fedllm_sec.tasks.task import Example
 
 
@@ -35,7 +36,7 @@ def test_a_long_text_loses_the_end_of_its_passage_and_is_counted():
     assert encoded[0].response == [3, 2, 4, 0]
     assert encoded[0].cut == 2
     short = replace(EXAMPLE, passage="ccc")
-    report = shortened([EXAMPLE, short, EXAMPLE], Words(), 8)
+    report = WordsForm(Words(), 8, ()).shortened([EXAMPLE, short, EXAMPLE])
     assert str(report) == "2 of 3 texts are longer than 8 tokens: the end of their passage is cut"
 
 
