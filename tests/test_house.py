@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     "updates": 0, "terminal": 0, "victim": 0, "randomness": 1, "core": 1, "registry": 2, "settings": 2, "config": 2,
     "attacks": 3, "defenses": 3, "tasks": 3, "models": 3, "training": 4,
-    "reports": 5, "federation": 5, "callbacks": 6, "fedml": 6, "cli": 6,
+    "reports": 5, "audit": 5, "federation": 5, "callbacks": 6, "fedml": 6, "cli": 6,
 }  # fmt: skip
 
 

@@ -3,10 +3,7 @@
 import json
 import logging
 import os
-import re
-import resource
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +23,7 @@ from fedllm_sec.updates.admit import open_updates
 from fedllm_sec.updates.claims import largest_claim
 from fedllm_sec.updates.errors import InputError, NotFiniteError
 from fedllm_sec.updates.files import atomic_folder, read_json, write_json
+from fedllm_sec.updates.memory import peak_memory
 from fedllm_sec.updates.sources import ADAPTER_CONFIG, adapter_file
 from fedllm_sec.updates.update_set import UpdateSet
 
@@ -129,14 +127,6 @@ def cost_of(sets: Sequence[UpdateSet], clients: Sequence[Path], seconds: float) 
     size = sum(adapter_file(path).stat().st_size for path in clients)
     passes = round(read[0] / size, 3)
     return {"bytes_read": sum(read), "passes": passes, "peak_memory": peak_memory(), "seconds": round(seconds, 3)}
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes; not that of the process that started it."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])  # type: ignore[index]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def decision_table(decision: Mapping[str, Any]) -> Table:

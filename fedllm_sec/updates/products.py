@@ -179,15 +179,19 @@ class Stack(NamedTuple):
             left[:, place], right[place] = source.left(pair, 0, pair.d_out), source.right(pair)
         return cls(left, right, owner, partner)
 
-    def gram(self, device: torch.device) -> tuple[Tensor, set[int]]:
+    def inner(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inner products of all columns of `left`, and of all rows of `right`; each with a row and column of zeros."""
+        left, right = self.left.to(device), self.right.to(device)
+        return padded(left.T @ left), padded(right @ right.T)
+
+    def gram(self, device: torch.device, inner: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, set[int]]:
         """(n, n) inner products of the rows x (A + y) + B y, from those of all columns x, B and all rows y, A.
 
         And the rows whose factors cancel so far in their product that this says little of it. A client that sends
         (cB, A / c), or other factors that are long for what they amount to, would otherwise seem as short as it likes.
         """
-        left, right = self.left.to(device), self.right.to(device)
+        p, q = inner or self.inner(device)
         own, partner = torch.arange(len(self.owner), device=device), self.partner.to(device)
-        p, q = padded(left.T @ left), padded(right @ right.T)
         anchored = q[own] + q[partner]  # (A + y) yᵀ
         products = p[own][:, own] * (anchored[:, own] + anchored[:, partner])
         across = p[own][:, partner] * anchored[:, own]
@@ -196,11 +200,17 @@ class Stack(NamedTuple):
         owner = self.owner.to(device)
         by_row = torch.zeros(rows, len(own), dtype=p.dtype, device=device).index_add_(0, owner, products)
         gram = torch.zeros(rows, rows, dtype=p.dtype, device=device).index_add_(1, owner, by_row)
-        squares = torch.stack([p.diagonal()[own], q.diagonal()[own], q.diagonal()[partner], p.diagonal()[partner]])
-        x, y, a, b = torch.zeros(4, rows, dtype=p.dtype, device=device).index_add_(1, owner, squares).sqrt()
-        allowed = x * (a + y) + b * y  # the length that the factors allow
-        doubtful = gram.diagonal() < CANCELS * allowed.square()
+        doubtful = gram.diagonal() < CANCELS * self.allowed(p, q).square()
         return gram.cpu(), set(doubtful.nonzero().flatten().tolist())
+
+    def allowed(self, p: Tensor, q: Tensor) -> Tensor:
+        """(n,) the length of each row that the lengths of its factors allow; `p` and `q` as `inner` gives them."""
+        own, partner, owner = torch.arange(len(self.owner)), self.partner.to(p.device), self.owner.to(p.device)
+        squares = torch.stack([p.diagonal()[own], q.diagonal()[own], q.diagonal()[partner], p.diagonal()[partner]])
+        sums = torch.zeros(4, int(self.owner.max()) + 1, dtype=p.dtype, device=p.device)
+        x, y, a, b = sums.index_add_(1, owner, squares).sqrt()
+        lengths: Tensor = x * (a + y) + b * y
+        return lengths
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,245 @@
+"""An adapter's configuration, read with distrust: what changes the base, what imports code, what hides a scaling."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedllm_sec.audit.header import Fault, unique
+from fedllm_sec.audit.patterns import TooSlowError, matches
+from fedllm_sec.audit.policy import Policy
+from fedllm_sec.updates.adapters import LARGEST_CONFIG
+
+PEFT = "0.21"  # whose fields these are; importing it takes seconds
+FIELDS = frozenset(
+    [
+        "task_type",
+        "peft_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "r",
+        "target_modules",
+        "exclude_modules",
+        "lora_alpha",
+        "lora_dropout",
+        "fan_in_fan_out",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "init_lora_weights",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "megatron_config",
+        "megatron_core",
+        "trainable_token_indices",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "use_dora",
+        "velora_config",
+        "alora_invocation_tokens",
+        "use_qalora",
+        "qalora_group_size",
+        "monteclora_config",
+        "layer_replication",
+        "runtime_config",
+        "lora_bias",
+        "target_parameters",
+        "use_bdlora",
+        "arrow_config",
+        "kasa_config",
+        "ensure_weight_tying",
+        "enable_lora",
+        "merge_weights",
+    ]
+)
+HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+SAFE_PARENTS = ("transformers.", "diffusers.", "sentence_transformers.", "trl.")  # whose classes auto_mapping may name
+PASSING = {"inference_mode", "peft_version", "auto_mapping", "lora_dropout", "init_lora_weights", "revision"}
+WHOLE_NUMBERS = ("r",)
+NUMBERS = ("r", "lora_alpha")  # above zero
+SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "use_qalora")
+NAMES = ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern", "target_parameters")
+CONDITIONS = {
+    "alora_invocation_tokens": "it acts only behind certain tokens",
+    "trainable_token_indices": "it replaces the embeddings of certain tokens",
+    "layer_replication": "it repeats layers of the base",
+}
+
+
+def read_configuration(path: Path) -> tuple[dict[str, Any] | None, list[Fault]]:
+    """Read adapter_config.json; None, with a fault, where it cannot be read in one way only."""
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_CONFIG:
+            return None, [Fault("FS015", f"is {size:,} bytes long", None, size, LARGEST_CONFIG)]
+        doubled: list[str] = []
+        text = path.read_bytes().decode("utf-8")
+        found = json.loads(text, object_pairs_hook=lambda pairs: unique(pairs, doubled), parse_constant=no_number)
+    except (OSError, ValueError, RecursionError) as error:
+        return None, [Fault("FS015", f"cannot be read as JSON ({type(error).__name__})")]
+    if not isinstance(found, dict):
+        return None, [Fault("FS015", "is no JSON object")]
+    if doubled:
+        return None, [Fault("FS015", f"gives {doubled[0][:60]!r} twice", None, doubled[:5])]
+    return found, []
+
+
+def no_number(text: str) -> Any:
+    """NaN and Infinity are not JSON."""
+    raise ValueError(text)
+
+
+def check_configuration(config: Mapping[str, Any], policy: Policy) -> Iterator[Fault]:
+    """What is wrong with a configuration by itself."""
+    yield from bad_values(config)
+    yield from gadgets(config)
+    yield from other_base(config, policy)
+    yield from changes_base(config)
+    unknown = sorted(config.keys() - FIELDS)
+    if unknown and kind(config) == "LORA":
+        text = f"has fields that PEFT {PEFT} does not know: {shown(unknown)}"
+        yield Fault("CF006", text, None, unknown[:20])
+    if kind(config) != "LORA":
+        yield Fault("CF010", f"is an adapter of the kind {kind(config)[:40]}, not LORA", None, kind(config)[:40])
+
+
+def kind(config: Mapping[str, Any]) -> str:
+    """LORA, or another of PEFT's kinds."""
+    return str(config.get("peft_type") or "LORA")
+
+
+def bad_values(config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Values that a field cannot have; patterns that are no regular expressions."""
+    for name in NUMBERS:
+        value = config.get(name, 8)
+        if not is_positive(value) or (name in WHOLE_NUMBERS and not isinstance(value, int)):
+            yield Fault("CF008", f"has {name}={str(value)[:40]}", None, str(value)[:40])
+    for name in SWITCHES:
+        if not isinstance(config.get(name, False), bool | None):
+            yield Fault("CF008", f"has {name}={str(config[name])[:40]}, which is neither true nor false")
+    for name in NAMES:
+        value = config.get(name)
+        if not (value is None or isinstance(value, str) or is_names(value)):
+            yield Fault("CF008", f"has {name}={str(value)[:60]}, which is no list of names")
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        yield Fault("CF008", f"has bias={str(config['bias'])[:40]}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        value = config.get(name) or {}
+        if not isinstance(value, dict) or not all(is_positive(each) for each in value.values()):
+            yield Fault("CF008", f"has {name}={str(value)[:60]}, which does not map names to numbers above zero")
+    for field, pattern in patterns_of(config):
+        try:
+            matches(pattern, "model.layers.0.self_attn.q_proj")
+        except TooSlowError as error:
+            yield Fault("CF008", f"has {field} with {error}")
+
+
+def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every regular expression in it, by its field."""
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str) and config[name] != "all-linear":
+            yield name, config[name]
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(config.get(name), dict):
+            yield from ((name, rf"(.*\.)?({pattern})") for pattern in config[name])
+
+
+def is_names(value: Any) -> bool:
+    """Whether it is a list of texts."""
+    return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a finite number above zero."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def gadgets(config: Mapping[str, Any]) -> Iterator[Fault]:
+    """Fields that have reached importlib, with anything but what PEFT itself writes there."""
+    mapping = config.get("auto_mapping")
+    if mapping is not None:
+        parent = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping)
+        if not parent.startswith(SAFE_PARENTS):
+            yield Fault("CF001", f"has auto_mapping with the library {parent[:80]!r}", "auto_mapping", parent[:80])
+    core = config.get("megatron_core", "megatron.core")
+    if core not in (None, "megatron.core") or config.get("megatron_config") is not None:
+        yield Fault(
+            "CF001", f"has megatron_core={str(core)[:80]!r} or a megatron_config", "megatron_core", str(core)[:80]
+        )
+    for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
+        if config.get(name):
+            yield Fault("CF001", f"has {name}", name)
+
+
+def other_base(config: Mapping[str, Any], policy: Policy) -> Iterator[Fault]:
+    """The base model that it names, and the revision."""
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if policy.base_model and named != policy.base_model:
+        text = f"is for the base {str(named)[:120]!r}, expected {policy.base_model!r}"
+        yield Fault("CF002", text, None, str(named)[:120], policy.base_model)
+    elif policy.revision and revision != policy.revision:
+        text = f"is for the revision {str(revision)[:60]!r}, expected {policy.revision!r}"
+        yield Fault("CF002", text, None, str(revision)[:60], policy.revision)
+    elif policy.require_revision and not revision:
+        yield Fault("CF002", "names no revision of its base, and the policy wants one", None, None, "a revision")
+
+
+def changes_base(config: Mapping[str, Any]) -> Iterator[Fault]:
+    """What acts on the base when it is loaded, or on a condition."""
+    init = config.get("init_lora_weights", True)
+    if init not in HARMLESS_INITS:
+        text = f"has init_lora_weights={str(init)[:40]!r}, which changes the base's weights on load"
+        yield Fault("CF004", text, None, str(init)[:40], [each for each in HARMLESS_INITS if isinstance(each, str)])
+    for name, what in CONDITIONS.items():
+        if config.get(name):
+            yield Fault("CF005", f"has {name}: {what}", name, str(config[name])[:80])
+
+
+def check_scaling(config: Mapping[str, Any], scalings: Mapping[str, float], policy: Policy) -> Iterator[Fault]:
+    """How much the product of each module's factors is multiplied by; one finding, of the largest."""
+    if not scalings:
+        return
+    module = max(scalings, key=lambda name: scalings[name])
+    most = policy.thresholds.scaling
+    if scalings[module] > most:
+        how = f"lora_alpha={str(config.get('lora_alpha'))[:20]}" + (
+            ", alpha_pattern" if config.get("alpha_pattern") else ""
+        )
+        yield Fault(
+            "CF003", f"multiplies {module[:120]} by {scalings[module]:g} ({how})", module, scalings[module], most
+        )
+
+
+def other_configuration(config: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Fault]:
+    """In what it departs from the global adapter's, besides what does not matter to what the tensors mean."""
+    keys = (config.keys() | expected.keys()) - PASSING
+    differs = sorted(key for key in keys if plain(config.get(key)) != plain(expected.get(key)))
+    if differs:
+        first = differs[0]
+        told = f"{first[:60]} is {str(config.get(first))[:60]}, expected {str(expected.get(first))[:60]}"
+        yield Fault("CF007", f"differs from the global adapter's: {told}{more(differs)}", None, differs[:20])
+
+
+def plain(value: Any) -> Any:
+    """Without order where it has none; an empty value is as good as none."""
+    if isinstance(value, list):
+        return sorted(map(str, value)) or None
+    return value or None
+
+
+def shown(names: list[str]) -> str:
+    """A few of them."""
+    return ", ".join(repr(name[:40]) for name in names[:4]) + more(names[3:])
+
+
+def more(names: list[str]) -> str:
+    """' (and 3 more)' for a list of four."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
