@@ -1,6 +1,7 @@
-"""fedllm-sec: run, matrix, aggregate, attack, reconstruct, list, report, import-fedml.
+"""fedllm-sec: run, matrix, audit, aggregate, attack, reconstruct, list, report, import-fedml.
 
-Machine output goes to stdout, progress and prose to stderr. Exit codes: 0 fine, 2 bad input or usage.
+Machine output goes to stdout, progress and prose to stderr. Exit codes: 0 fine, 2 bad input or usage;
+`audit` ends with 1 where it found something, and with 3 where there was nothing to audit.
 """
 
 import json
@@ -16,6 +17,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 import fedllm_sec
+from fedllm_sec.audit.command import audit, rules_table
 from fedllm_sec.terminal import console
 from fedllm_sec.updates.errors import InputError
 
@@ -74,6 +76,9 @@ def report(
         raise InputError(f"--out {out}: the page of a matrix links to its cells and lies beside them; leave --out out")
     else:
         print(matrix_report(runs[0]))
+
+
+app.command()(audit)
 
 
 class ChainCommand(TyperCommand):
@@ -239,7 +244,7 @@ def import_fedml(
 
 @app.command("list")
 def list_methods(
-    kind: Annotated[str, typer.Argument(help="attacks, defenses, tasks, models, procedures or optimizers")],
+    kind: Annotated[str, typer.Argument(help="attacks, defenses, tasks, models, procedures, optimizers or rules")],
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> None:
     """List what a configuration can name, with parameters and papers."""
@@ -249,10 +254,13 @@ def list_methods(
     from fedllm_sec.tasks import task
     from fedllm_sec.training.procedures import procedure
 
+    if kind == "rules":
+        list_rules(as_json=as_json)
+        return
     registries: dict[str, Any] = {"attacks": fedllm_sec.attack, "defenses": fedllm_sec.defense}
     registries |= {"tasks": task, "models": model, "procedures": procedure, "optimizers": optimizer}
     if kind not in registries:
-        raise InputError(f"nothing to list under {kind!r}{did_you_mean(kind, registries)}")
+        raise InputError(f"nothing to list under {kind!r}{did_you_mean(kind, [*registries, 'rules'])}")
     entries = list(registries[kind])
     if as_json:
         fields = [
@@ -263,4 +271,16 @@ def list_methods(
     table = Table("name", "what it does", "parameters", "paper")
     for entry in entries:
         table.add_row(entry.name, entry.summary, signature_text(entry), entry.paper)
+    Console().print(table)
+
+
+def list_rules(*, as_json: bool) -> None:
+    """The rules of `audit`."""
+    rules = rules_table()
+    if as_json:
+        print(json.dumps([dict(zip(("id", "severity", "says", "why"), rule, strict=True)) for rule in rules], indent=2))
+        return
+    table = Table("rule", "severity", "what is wrong", "why it matters")
+    for rule in rules:
+        table.add_row(*rule)
     Console().print(table)

@@ -285,7 +285,7 @@ def draw(cells: Cells, path: Path) -> None:
         axes.set_title(arm, fontsize=9)
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
         aucs = "\n".join(f"{row[part].auc:.2f}" for part in parts if part in row and row[part].auc is not None)
-        axes.text(0.97, 0.04, f"AUC\n{aucs}", fontsize=8, ha="right", va="bottom")
+        axes.text(0.97, 0.04, f"AUC\n{aucs}", fontsize=8, ha="right", va="bottom", backgroundcolor="#ffffffcc")
         axes.tick_params(labelsize=8)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(parts), frameon=False)
     figure.supxlabel("honest clients above the threshold", fontsize=10)

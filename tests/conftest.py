@@ -20,8 +20,15 @@ settings.load_profile("patient")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PREFIX = "base_model.model.model.layers.0.attention.query_key_value"
-SHAPES = {f"{PREFIX}.lora_A.weight": (2, 5), f"{PREFIX}.lora_B.weight": (7, 2), "scalar": ()}
-CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["query_key_value"]}
+SCALAR = "base_model.model.score.temperature"  # a part of an update that is no factor
+SHAPES = {f"{PREFIX}.lora_A.weight": (2, 5), f"{PREFIX}.lora_B.weight": (7, 2), SCALAR: ()}
+CONFIG = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": ["query_key_value"],
+    "modules_to_save": ["score"],
+}
 
 
 def random_states(n, seed=0, shapes=SHAPES, spread=1.0):

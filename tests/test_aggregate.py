@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fedllm_sec import defense
-from tests.conftest import CONFIG, dense_states, random_states, write_adapter
+from tests.conftest import CONFIG, SCALAR, dense_states, random_states, write_adapter
 from tests.oracles import naive
 from tests.test_cli import error_of, fedllm_sec  # noqa: F401 - fixtures
 from tests.updates.test_admit import A, set_value, truncate
@@ -114,9 +114,7 @@ def test_every_defense_says_what_it_decided(name, space, round_trip, adapters, t
 def products(states):
     """(n, D) in order of the product layout: the pair, then the scalar; alpha / r is 2."""
     b = A.replace("lora_A", "lora_B")
-    return np.stack(
-        [np.append(2 * (s[b].double() @ s[A].double()).numpy().ravel(), float(s["scalar"])) for s in states]
-    )
+    return np.stack([np.append(2 * (s[b].double() @ s[A].double()).numpy().ravel(), float(s[SCALAR])) for s in states])
 
 
 def test_the_product_space_averages_products_and_says_what_the_rank_cannot_hold(round_trip, adapters):
@@ -297,7 +295,7 @@ def test_other_mistakes_are_one_line_and_leave_nothing(error_of, adapters, tmp_p
 
 def test_an_adapter_without_pairs_has_no_product_space(error_of, tmp_path):  # noqa: F811
     folders = [
-        write_adapter(tmp_path / str(i), {"w": state["scalar"]}, CONFIG) for i, state in enumerate(random_states(4))
+        write_adapter(tmp_path / str(i), {"w": state[SCALAR]}, CONFIG) for i, state in enumerate(random_states(4))
     ]
     text = error_of("aggregate", *folders[1:], "--global", folders[0], "--out", tmp_path / "out", "--space", "product")
     assert "no LoRA pair" in text

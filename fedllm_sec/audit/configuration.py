@@ -12,54 +12,16 @@ from fedllm_sec.audit.policy import Policy
 from fedllm_sec.updates.adapters import LARGEST_CONFIG
 
 PEFT = "0.21"  # whose fields these are; importing it takes seconds
-FIELDS = frozenset(
-    [
-        "task_type",
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "r",
-        "target_modules",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "fan_in_fan_out",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "init_lora_weights",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "megatron_config",
-        "megatron_core",
-        "trainable_token_indices",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "use_dora",
-        "velora_config",
-        "alora_invocation_tokens",
-        "use_qalora",
-        "qalora_group_size",
-        "monteclora_config",
-        "layer_replication",
-        "runtime_config",
-        "lora_bias",
-        "target_parameters",
-        "use_bdlora",
-        "arrow_config",
-        "kasa_config",
-        "ensure_weight_tying",
-        "enable_lora",
-        "merge_weights",
-    ]
-)
+FIELDS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out",
+    "bias", "use_rslora", "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "megatron_config", "megatron_core", "trainable_token_indices", "loftq_config",
+    "eva_config", "corda_config", "lora_ga_config", "use_dora", "velora_config", "alora_invocation_tokens",
+    "use_qalora", "qalora_group_size", "monteclora_config", "layer_replication", "runtime_config", "lora_bias",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying", "enable_lora",
+    "merge_weights",
+}  # fmt: skip
 HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
 SAFE_PARENTS = ("transformers.", "diffusers.", "sentence_transformers.", "trl.")  # whose classes auto_mapping may name
 PASSING = {"inference_mode", "peft_version", "auto_mapping", "lora_dropout", "init_lora_weights", "revision"}

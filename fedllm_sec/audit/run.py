@@ -1,74 +1,31 @@
 """The whole audit: intake, one pass over the values, and what each rule makes of it."""
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.progress import track
 
-from fedllm_sec.audit.bank import Bank, unlike_trusted
+from fedllm_sec.audit.bank import Bank
 from fedllm_sec.audit.base import Base
-from fedllm_sec.audit.findings import Audit, Statistics, gravest_first, severity_named
-from fedllm_sec.audit.history import turns
-from fedllm_sec.audit.intake import Opened, add, expected_of, hashed, open_adapter
+from fedllm_sec.audit.findings import Audit, gravest_first, severity_named
+from fedllm_sec.audit.intake import expected_of, hashed, open_adapter
+from fedllm_sec.audit.judging import Context, Work, compare, measure_groups
 from fedllm_sec.audit.lineage import against_base
-from fedllm_sec.audit.measure import Beside, Measured, measure, pairs_in
-from fedllm_sec.audit.peers import colluders, copies, outliers, reversed_mean, scores_of, z_of
 from fedllm_sec.audit.policy import Policy
-from fedllm_sec.audit.weights import check_products, check_values, too_long_for_base
-from fedllm_sec.terminal import console, reading
-from fedllm_sec.updates.adapters import client_names, open_reference
+from fedllm_sec.terminal import console
+from fedllm_sec.updates.adapters import client_names
 from fedllm_sec.updates.device import Budget
-from fedllm_sec.updates.errors import InputError, not_finite
-from fedllm_sec.updates.layout import Layout
+from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.memory import peak_memory
-from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE, SafetensorsFile, all_finite
+from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
+
+if TYPE_CHECKING:
+    from fedllm_sec.audit.behaviour import Probe
 
 T = TypeVar("T")
-ALONE = {"KY001", "KY009", "FS005", "W009", "W014"}  # adapters with these are not laid beside the others
-
-
-class Context(NamedTuple):
-    """What an audit compares with.
-
-    Attributes:
-        policy: thresholds and expectations.
-        reference: the global adapter; None: adapters are taken as they are.
-        base: the base model.
-        bank: of trusted adapters.
-        history: a folder of earlier rounds.
-        budget: for the factors of a module of all adapters.
-    """
-
-    policy: Policy
-    reference: Path | None
-    base: Base | None
-    bank: Bank | None
-    history: Path | None
-    budget: Budget
-
-
-@dataclass
-class Work:
-    """An audit on its way.
-
-    Attributes:
-        context: what it compares with.
-        opened: the adapters.
-        notes: what is not looked at, and why.
-        statistics: of those that can be compared.
-        passes: over the values of the largest group.
-    """
-
-    context: Context
-    opened: list[Opened]
-    notes: list[str] = field(default_factory=list)
-    statistics: Statistics | None = None
-    measured: list[tuple[list[Opened], Measured]] = field(default_factory=list)
 
 
 def audit_adapters(
@@ -81,6 +38,8 @@ def audit_adapters(
     bank: Path | str | Bank | None = None,
     history: Path | str | None = None,
     policy: Policy | None = None,
+    probe: "Probe | None" = None,
+    privacy: bool = False,
     device: str = "cpu",
     memory: str | int = "512MiB",
 ) -> Audit:
@@ -97,6 +56,8 @@ def audit_adapters(
         bank: the same, made before.
         history: a folder of earlier rounds, see `history.turns`.
         policy: thresholds, expectations and suppressions.
+        probe: texts and words to ask the model with each adapter; needs the base's folder.
+        privacy: whether to look what updates reveal; needs the base's folder and the global adapter.
         device: where inner products are computed, `cpu` or `cuda`.
         memory: for the factors of one module of all adapters.
 
@@ -114,6 +75,14 @@ def audit_adapters(
     )
     work = look_at_all([Path(path) for path in paths], names, context)
     compare(work)
+    if probe is not None:
+        from fedllm_sec.audit.behaviour import check_behaviour  # imports what models need, which takes seconds
+
+        check_behaviour(work, probe)
+    if privacy:
+        from fedllm_sec.audit.privacy import check_privacy
+
+        check_privacy(work)
     return finished(work, began)
 
 
@@ -176,125 +145,6 @@ def watched(items: Sequence[T], label: str) -> Sequence[T]:
     if len(items) < 4 or not console.is_terminal:
         return items
     return track(items, label, console=console, transient=True)  # type: ignore[return-value]
-
-
-def compare(work: Work) -> None:
-    """Read the values, and judge each adapter by itself and beside the others."""
-    context, policy = work.context, work.context.policy
-    bases: dict[str, float] | None = None
-    main: tuple[list[Opened], Measured, bool] | None = None
-    for rows, measured in measure_groups(work):
-        is_update = context.reference is not None and is_like(rows[0], context.reference)
-        if context.base is not None and bases is None:
-            bases = context.base.norms({name: name for name in measured.modules})
-        for row, opened in enumerate(rows):
-            judge_alone(work, opened, measured, row, bases or {}, is_update=is_update)
-        wanted = is_update if context.reference is not None else main is None or len(rows) > len(main[0])
-        main = (rows, measured, is_update) if wanted else main
-    if main is not None:
-        rows, measured, is_update = main
-        judge_together(work, rows, measured, is_update=is_update)
-        left = len(work.opened) - len(rows)
-        if left and len(work.opened) > 1:
-            work.notes.append(
-                f"{left} of {len(work.opened)} adapters are not compared with the others: see their findings"
-            )
-    if context.bank is not None and context.bank.n < policy.thresholds.least_group:
-        least = policy.thresholds.least_group
-        work.notes.append(f"the baseline is of {context.bank.n} adapters: no z-scores are taken of fewer than {least}")
-
-
-def measure_groups(work: Work) -> list[tuple[list[Opened], Measured]]:
-    """One pass over the adapters of each layout."""
-    groups: dict[tuple[Layout, bool], list[Opened]] = {}
-    for each in work.opened:
-        if each.source is not None:
-            groups.setdefault((each.source.layout, each.has(*ALONE)), []).append(each)
-    found = []
-    for (layout, alone), rows in groups.items():
-        reference = None
-        if work.context.reference is not None and not alone and is_like(rows[0], work.context.reference):
-            reference = checked_reference(work.context.reference)
-        beside = [Beside(each.name, each.source, each.scalings) for each in rows if each.source is not None]
-        pairs = pairs_in(layout, rows[0].modules, rows[0].scalings)
-        with reading("auditing", lambda: work.context.budget.traffic.read):
-            found.append((rows, measure(beside, pairs, reference, work.context.budget)))
-    return found
-
-
-def is_like(opened: Opened, reference: Path) -> bool:
-    """Whether an adapter has the global adapter's layout."""
-    return opened.source is not None and opened.source.layout == open_reference(reference).layout
-
-
-def checked_reference(path: Path) -> SafetensorsFile:
-    """The global adapter, whose values are numbers.
-
-    Raises:
-        InputError: if they are not.
-    """
-    file = open_reference(path)
-    for span in file.layout.spans(2**22):
-        if not all_finite(file.load(span)):
-            raise InputError(f"--global {path}: {not_finite(span.tensor)}")
-    return file
-
-
-def judge_alone(
-    work: Work, opened: Opened, measured: Measured, row: int, bases: Mapping[str, float], *, is_update: bool
-) -> None:
-    """What an adapter's values say without the others."""
-    policy, source = work.context.policy, opened.source
-    assert source is not None
-    file = ADAPTER_FILE if opened.subject.path.is_dir() else opened.subject.path.name
-    factors = {name for pair in opened.modules.values() for name in pair}
-    add(opened, policy, check_values(source.census, factors, policy.thresholds), file)
-    if opened.has("FS005"):
-        return
-    ranks = {module: opened.tensors[a].shape[0] for module, (a, _) in opened.modules.items()}
-    faults = list(check_products(measured, row, ranks, policy.thresholds, is_update=is_update))
-    faults += too_long_for_base(measured, row, bases, policy.thresholds)
-    bank = work.context.bank
-    if bank is not None and bank.is_update == is_update and not {"W009", "W014"} & {fault.rule for fault in faults}:
-        faults += unlike_trusted(bank, measured, row, policy.thresholds)
-    add(opened, policy, faults, file)
-
-
-def judge_together(work: Work, rows: list[Opened], measured: Measured, *, is_update: bool) -> None:
-    """What adapters say beside each other: those that are no updates at all, or broken, do not count."""
-    policy, thresholds = work.context.policy, work.context.policy.thresholds
-    keep = [i for i, each in enumerate(rows) if not each.has(*ALONE)]
-    if not keep:
-        return
-    kept, names = [rows[i] for i in keep], tuple(rows[i].name for i in keep)
-    gram = measured.gram[np.ix_(keep, keep)]
-    turned = None
-    if work.context.history is not None:
-        current = {each.name: each.subject.path for each in kept}
-        turned, notes = turns(work.context.history, current, work.context.reference, "256MiB")
-        work.notes += notes
-    scores = scores_of(gram, measured.agreement[keep], mean_of(measured.measures["aligned"][keep]), turned)
-    z = z_of(scores, thresholds.least_group)
-    if 1 < len(keep) < thresholds.least_group:
-        least = thresholds.least_group
-        work.notes.append(f"{len(keep)} adapters are compared: no z-scores are taken of fewer than {least}")
-    same = copies(gram, names, thresholds)
-    close = colluders(gram, names, thresholds, set(same))
-    for row, opened in enumerate(kept):
-        faults = [found[row] for found in (same, close) if row in found]
-        reverse = reversed_mean(scores, row, thresholds) if len(keep) > 2 else None
-        faults += [reverse] if reverse is not None else outliers(scores, z, row, thresholds)
-        add(opened, policy, faults)
-    measures = {name: values[keep] for name, values in measured.measures.items()}
-    work.statistics = Statistics(names, measured.modules, measures, gram, scores, z, is_update)
-
-
-def mean_of(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(n,) means of the rows of a table; NaN where nothing is known."""
-    known = np.isfinite(values)
-    count = known.sum(axis=1)
-    mean: NDArray[np.float64] = np.where(known, values, 0).sum(axis=1) / np.where(count, count, np.nan)
-    return mean
 
 
 def finished(work: Work, began: float) -> Audit:

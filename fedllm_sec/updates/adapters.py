@@ -9,6 +9,7 @@ from typing import Any
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json
 from fedllm_sec.updates.layout import and_more
+from fedllm_sec.updates.smuggling import smuggled
 from fedllm_sec.updates.sources import ADAPTER_CONFIG, Row, RowOfFile, SafetensorsFile, Source, adapter_file, version
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,23 @@ def open_reference(path: Path) -> SafetensorsFile:
     return source
 
 
-def open_client(address: Path | Row, expected_config: dict[str, Any] | None) -> Source:
-    """Open a client's adapter; its adapter_config is only compared with the server's, which is the one that counts."""
+def open_client(address: Path | Row, expected_config: dict[str, Any] | None, *, binds: bool = False) -> Source:
+    """Open a client's adapter; its adapter_config is only compared with the server's, which is the one that counts.
+
+    Args:
+        address: its folder, its file, or its row in a file of many.
+        expected_config: the server's; None: it has none.
+        binds: whether there is no adapter of the server's that says which tensors belong there.
+
+    Raises:
+        InputError: if it cannot be opened, or would overwrite the base.
+    """
     if isinstance(address, Row):
         return RowOfFile(whole_file(address.path, version(address.path.stat())), address.number)
     folder = address
     source = SafetensorsFile(adapter_file(folder))
+    if binds:
+        refuse_smuggled(source, adapter_config(folder))
     if expected_config is not None:
         found = adapter_config(folder) or expected_config
         keys = expected_config.keys() | found.keys()
@@ -38,6 +50,19 @@ def open_client(address: Path | Row, expected_config: dict[str, Any] | None) -> 
             some = ", ".join(repr(field)[:40] for field in fields[:5]) + and_more(fields[4:])
             logger.warning("%s: its adapter_config differs in %s; the server's is used", folder, some)
     return source
+
+
+def refuse_smuggled(source: SafetensorsFile, config: dict[str, Any] | None) -> None:
+    """Refuse an adapter that would overwrite the base, before anything else is looked at.
+
+    Raises:
+        InputError: naming the tensor.
+    """
+    if strange := smuggled(source.layout.sizes, config):
+        raise InputError(
+            f"tensor {strange[0]!r} is no part of a LoRA adapter{and_more(strange)}: PEFT would load it over "
+            "the base's weight of that name; never load this file"
+        )
 
 
 @lru_cache(maxsize=4)

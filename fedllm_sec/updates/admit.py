@@ -137,7 +137,7 @@ def admit(
         raise InputError(f"{len(folders)} clients but {len(counts)} sample counts; give one for each client")
     called = names or client_names(folders)
     claims = zip(called, folders, counts, strict=True)
-    admitted, refusals = sift(claims, lambda folder: open_client(folder, config), base, max_samples)
+    admitted, refusals = sift(claims, lambda folder: open_client(folder, config, binds=base is None), base, max_samples)
     if space not in ("factors", "product"):
         raise InputError(
             f"space={space!r}: updates are compared in the space of their factors, or in that of 'product'"

@@ -71,7 +71,8 @@ class Layout:
         if missing := sorted(ours.keys() - theirs.keys()):
             return f"tensor {missing[0]!r} is missing" + and_more(missing)
         if extra := sorted(theirs.keys() - ours.keys()):
-            return f"tensor {extra[0]!r} does not belong there" + and_more(extra)
+            over = "" if ".lora_" in extra[0] else ": PEFT would load it over the base's weight of that name"
+            return f"tensor {extra[0]!r} does not belong there" + and_more(extra) + over
         for name, shape in ours.items():
             if theirs[name] != shape:
                 return f"tensor {name!r} has shape {list(theirs[name])}, expected {list(shape)}{rank_note(name)}"

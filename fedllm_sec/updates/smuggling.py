@@ -55,9 +55,13 @@ def smuggled(names: Iterable[str], config: Mapping[str, Any] | None) -> list[str
 
     Args:
         names: of all tensors.
-        config: the adapter's configuration; None: it has none, and nothing is declared.
+        config: the adapter's configuration, which says what else than the head of a model that classifies is saved
+            whole; None: it has none.
     """
     every = sorted(names)
     if not any(".lora_" in name for name in every):
         return []  # a whole model's, or what is not LoRA: there is nothing that it could be smuggled into
-    return [name for name in every if classify(name, config or {})[0] == "strange"]
+    declared = (config or {}).get("modules_to_save")
+    saved = [*WHOLE_HEADS, *(declared if isinstance(declared, list) else [])]
+    known = {**(config or {}), "modules_to_save": saved}
+    return [name for name in every if classify(name, known)[0] == "strange"]

@@ -25,7 +25,7 @@ from tests.oracles import naive_product
 ONE, TWO = "model.layers.0.attention.dense", "model.layers.1.mlp.up"
 SIZES = {ONE: (7, 11), TWO: (13, 5)}  # (d_out, d_in)
 RANKS = {ONE: 2, TWO: 3}
-PLAIN = {"base_model.model.head.weight": (3, 4), "base_model.model.temperature": ()}
+PLAIN = {"base_model.model.score.weight": (3, 4), "base_model.model.score.temperature": ()}
 LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "rank_pattern": {"layers.1.mlp.up": 3}}
 CONFIGS = {
     "plain": (LORA, [8 / 2, 8 / 3]),
@@ -439,7 +439,7 @@ def test_adapters_that_are_no_products_are_refused_in_one_clear_line(tmp_path, n
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("tensor", [A0, B0, "base_model.model.head.weight", "base_model.model.temperature"])
+@pytest.mark.parametrize("tensor", [A0, B0, "base_model.model.score.weight", "base_model.model.score.temperature"])
 @pytest.mark.parametrize("who", ["client_01", "global"])
 @pytest.mark.parametrize("chain", [[("krum", {"f": 0, "m": 2})], MEDIAN, FEDAVG], ids=["gram", "blocks", "saving"])
 def test_a_nan_names_whose_it_is(tmp_path, bad, tensor, who, chain):

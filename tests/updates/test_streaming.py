@@ -132,7 +132,7 @@ def lora(folder, n=N, shape=(40, 30), rank=2, head=100, pairs=1):
     (d_out, d_in), module = shape, "base_model.model.m{}.lora_{}.weight"
     shapes = {module.format(i, "A"): (rank, d_in) for i in range(pairs)}
     shapes |= {module.format(i, "B"): (d_out, rank) for i in range(pairs)}
-    shapes |= {"base_model.model.head": (head,)} if head else {}
+    shapes |= {"base_model.model.classifier.bias": (head,)} if head else {}
     common = {name: torch.randn(size, generator=generator) for name, size in shapes.items()}
     states = [{k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in common.items()} for _ in range(n + 1)]
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
