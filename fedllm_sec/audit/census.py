@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fedllm_sec.updates.factors import LARGEST_FACTOR
 from fedllm_sec.updates.layout import Layout, Span
-from fedllm_sec.updates.sources import LARGEST, SafetensorsFile, all_finite
+from fedllm_sec.updates.sources import SafetensorsFile, all_finite
 
 FEW = 256  # distinct values: what eight bits can tell apart
 ENOUGH = 1024  # values, before few distinct ones mean anything
@@ -21,7 +22,7 @@ class Census:
 
     Attributes:
         count: how many have been read.
-        bad: NaN, infinite, or too large to add up.
+        bad: NaN, infinite, or too large for products.
         denormal: of those that are not zero, too small for a normal number of the type; of float16, whose range is
             narrow, none are counted.
         lowest: of the finite values.
@@ -49,8 +50,8 @@ class Census:
         self.digest.update(memoryview(values.view(torch.uint8).numpy().data))
         if not values.numel():
             return
-        if not all_finite(values):
-            fine = values[values.abs() <= LARGEST]
+        if not all_finite(values, LARGEST_FACTOR):
+            fine = values[values.abs() <= LARGEST_FACTOR]
             self.bad += values.numel() - fine.numel()
             values = fine
         if not values.numel():
@@ -62,6 +63,8 @@ class Census:
         if values.dtype in (torch.float32, torch.float64):
             self.is_bfloat16 = self.is_bfloat16 and rounds_to(values, torch.bfloat16)
             self.is_float16 = self.is_float16 and rounds_to(values, torch.float16)
+        else:
+            self.is_bfloat16 = self.is_float16 = False  # they are what the type is
         if first:
             self.distinct = int(torch.unique(values[:LOOKED_AT]).numel())
 
@@ -104,8 +107,8 @@ class Watched:
 
     on_disk = True
 
-    def __init__(self, file: SafetensorsFile, largest: float = LARGEST):
-        self.file, self.largest = file, largest
+    def __init__(self, file: SafetensorsFile):
+        self.file = file
         self.layout: Layout = file.layout
         self.dtypes = file.dtypes
         self.census: dict[str, Census] = {}
@@ -120,6 +123,6 @@ class Watched:
         census = self.census.setdefault(span.tensor, Census())
         if census.count == span.start:
             census.add(values)
-        if not all_finite(values, self.largest):
-            values = torch.where(values.abs() <= self.largest, values, torch.zeros((), dtype=values.dtype))
+        if not all_finite(values, LARGEST_FACTOR):
+            values = torch.where(values.abs() <= LARGEST_FACTOR, values, torch.zeros((), dtype=values.dtype))
         return values

@@ -1,13 +1,12 @@
 """An adapter's configuration, read with distrust: what changes the base, what imports code, what hides a scaling."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedllm_sec.audit.header import Fault, unique
-from fedllm_sec.audit.patterns import TooSlowError, matches
+from fedllm_sec.audit.patterns import TooSlowError, is_positive, matches
 from fedllm_sec.audit.policy import Policy
 from fedllm_sec.updates.adapters import LARGEST_CONFIG
 
@@ -22,13 +21,12 @@ FIELDS = {
     "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying", "enable_lora",
     "merge_weights",
 }  # fmt: skip
-HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga")
+HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "lora_ga")
 SAFE_PARENTS = ("transformers.", "diffusers.", "sentence_transformers.", "trl.")  # whose classes auto_mapping may name
 PASSING = {"inference_mode", "peft_version", "auto_mapping", "lora_dropout", "init_lora_weights", "revision"}
-WHOLE_NUMBERS = ("r",)
-NUMBERS = ("r", "lora_alpha")  # above zero
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "use_qalora")
 NAMES = ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern", "target_parameters")
+REMOTE = ("auto_map", "trust_remote_code", "custom_pipelines")  # fields of models, at which loaders run code
 CONDITIONS = {
     "alora_invocation_tokens": "it acts only behind certain tokens",
     "trainable_token_indices": "it replaces the embeddings of certain tokens",
@@ -65,7 +63,7 @@ def check_configuration(config: Mapping[str, Any], policy: Policy) -> Iterator[F
     yield from gadgets(config)
     yield from other_base(config, policy)
     yield from changes_base(config)
-    unknown = sorted(config.keys() - FIELDS)
+    unknown = sorted(config.keys() - FIELDS - set(REMOTE))
     if unknown and kind(config) == "LORA":
         text = f"has fields that PEFT {PEFT} does not know: {shown(unknown)}"
         yield Fault("CF006", text, None, unknown[:20])
@@ -80,28 +78,47 @@ def kind(config: Mapping[str, Any]) -> str:
 
 def bad_values(config: Mapping[str, Any]) -> Iterator[Fault]:
     """Values that a field cannot have; patterns that are no regular expressions."""
-    for name in NUMBERS:
-        value = config.get(name, 8)
-        if not is_positive(value) or (name in WHOLE_NUMBERS and not isinstance(value, int)):
-            yield Fault("CF008", f"has {name}={str(value)[:40]}", None, str(value)[:40])
-    for name in SWITCHES:
-        if not isinstance(config.get(name, False), bool | None):
-            yield Fault("CF008", f"has {name}={str(config[name])[:40]}, which is neither true nor false")
-    for name in NAMES:
-        value = config.get(name)
-        if not (value is None or isinstance(value, str) or is_names(value)):
-            yield Fault("CF008", f"has {name}={str(value)[:60]}, which is no list of names")
-    if config.get("bias", "none") not in ("none", "all", "lora_only"):
-        yield Fault("CF008", f"has bias={str(config['bias'])[:40]}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        value = config.get(name) or {}
-        if not isinstance(value, dict) or not all(is_positive(each) for each in value.values()):
-            yield Fault("CF008", f"has {name}={str(value)[:60]}, which does not map names to numbers above zero")
-    for field, pattern in patterns_of(config):
+    for name in sorted(unfit(config)):
+        yield Fault("CF008", f"has {name}={str(config[name])[:60]}, which it cannot be", None, str(config[name])[:60])
+    for field, pattern in patterns_of(sane(config)):
         try:
             matches(pattern, "model.layers.0.self_attn.q_proj")
         except TooSlowError as error:
             yield Fault("CF008", f"has {field} with {error}")
+
+
+def unfit(config: Mapping[str, Any]) -> set[str]:
+    """The fields whose values make no sense."""
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "r": lambda value: isinstance(value, int) and is_positive(value),
+        "lora_alpha": is_positive,
+        "bias": lambda value: value in ("none", "all", "lora_only"),
+        "layers_to_transform": lambda value: isinstance(value, int) or is_list(value, int),
+        "init_lora_weights": lambda value: isinstance(value, bool | str),
+    }
+    kinds |= dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool))
+    kinds |= dict.fromkeys(NAMES, lambda value: isinstance(value, str) or is_list(value, str))
+    kinds |= dict.fromkeys(("rank_pattern", "alpha_pattern"), is_pattern)
+    kinds |= dict.fromkeys(("peft_type", "task_type", "revision"), lambda value: isinstance(value, str))
+    needed = ("r", "lora_alpha", "bias")  # null is no value of theirs
+    given = {name for name in kinds if name in config and (config[name] is not None or name in needed)}
+    return {name for name in given if not kinds[name](config[name])}
+
+
+def sane(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as far as it makes sense: what has an impossible value is not there, or unknown."""
+    bad = unfit(config)
+    return {name: value for name, value in config.items() if name not in bad} | dict.fromkeys(bad & {"r"})
+
+
+def is_list(value: Any, kind: type) -> bool:
+    """Whether it is a list of names that are not empty, or of numbers."""
+    return isinstance(value, list) and all(type(each) is kind and each != "" for each in value)
+
+
+def is_pattern(value: Any) -> bool:
+    """Whether it maps names to numbers above zero."""
+    return isinstance(value, dict) and all(is_positive(each) for each in value.values())
 
 
 def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -112,16 +129,6 @@ def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name in ("rank_pattern", "alpha_pattern"):
         if isinstance(config.get(name), dict):
             yield from ((name, rf"(.*\.)?({pattern})") for pattern in config[name])
-
-
-def is_names(value: Any) -> bool:
-    """Whether it is a list of texts."""
-    return isinstance(value, list) and all(isinstance(each, str) and each for each in value)
-
-
-def is_positive(value: Any) -> bool:
-    """Whether it is a finite number above zero."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def gadgets(config: Mapping[str, Any]) -> Iterator[Fault]:
@@ -136,7 +143,7 @@ def gadgets(config: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(
             "CF001", f"has megatron_core={str(core)[:80]!r} or a megatron_config", "megatron_core", str(core)[:80]
         )
-    for name in ("auto_map", "trust_remote_code", "custom_pipelines"):
+    for name in REMOTE:
         if config.get(name):
             yield Fault("CF001", f"has {name}", name)
 
@@ -157,9 +164,9 @@ def other_base(config: Mapping[str, Any], policy: Policy) -> Iterator[Fault]:
 def changes_base(config: Mapping[str, Any]) -> Iterator[Fault]:
     """What acts on the base when it is loaded, or on a condition."""
     init = config.get("init_lora_weights", True)
-    if init not in HARMLESS_INITS:
+    if isinstance(init, str) and init not in HARMLESS_INITS:
         text = f"has init_lora_weights={str(init)[:40]!r}, which changes the base's weights on load"
-        yield Fault("CF004", text, None, str(init)[:40], [each for each in HARMLESS_INITS if isinstance(each, str)])
+        yield Fault("CF004", text, None, str(init)[:40], list(HARMLESS_INITS))
     for name, what in CONDITIONS.items():
         if config.get(name):
             yield Fault("CF005", f"has {name}: {what}", name, str(config[name])[:80])

@@ -111,9 +111,9 @@ class Statistics:
         modules: m names.
         measures: by name, (n, m) float64: `norm` (Frobenius, in product space, scaling included), `top1` (share of
             the squared norm in the largest singular value), `rank` (effective, exp of the entropy), `kurtosis` (of
-            entries), `gauge` (log10 of ||B|| / ||A||), `moved` and `aligned`
-            (log10 of the length of A over that of the global A, and their cosine), `slack` (what the factors' movement
-            allows, over what the product moved).
+            entries), `gauge` (log10 of ||B|| / ||A||), `moved` and `aligned` (by how much A shrank while B grew against
+            the global adapter, and the cosine of A with the global A), `slack` (what the factors' movement allows, over
+            what the product moved).
         gram: (n, n) float64 inner products of whole updates.
         scores: by name, (n,) float64: each adapter beside the others, such as `krum` or `cosine`; NaN where unknown.
         z: the same as robust z-scores; without the ones that were refused.

@@ -66,7 +66,7 @@ def look(folder: Path, policy: Policy) -> Listing:
     walk(listing, folder, "", policy.thresholds.entries)
     if ADAPTER_FILE in listing.files and "adapter_model.bin" in listing.files:
         listing.at_fault("adapter_model.bin", "FS002", f"lies beside {ADAPTER_FILE}: loaders disagree which one counts")
-    if ADAPTER_FILE not in listing.files:
+    if ADAPTER_FILE not in listing.files and not any(name == ADAPTER_FILE for name, _ in listing.faults):
         listing.at_fault(None, "FS019", f"has no {ADAPTER_FILE}")
     for entry in listing.files.values():
         check_file(listing, entry, policy)

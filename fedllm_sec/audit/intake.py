@@ -14,6 +14,7 @@ from fedllm_sec.audit.configuration import (
     kind,
     other_configuration,
     read_configuration,
+    sane,
 )
 from fedllm_sec.audit.findings import Finding, Subject
 from fedllm_sec.audit.folder import Listing, digest, look
@@ -23,7 +24,6 @@ from fedllm_sec.audit.policy import Policy
 from fedllm_sec.audit.structure import check_structure, differences, scaling_of, structure_of
 from fedllm_sec.updates.adapters import adapter_config
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.factors import LARGEST_FACTOR
 from fedllm_sec.updates.smuggling import PREFIX
 from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE, SafetensorsFile
 
@@ -137,7 +137,7 @@ def look_at_config(opened: Opened, folder: Path, policy: Policy) -> None:
     add(opened, policy, faults, ADAPTER_CONFIG)
     if config is not None:
         add(opened, policy, check_configuration(config, policy), ADAPTER_CONFIG)
-        opened.config = config
+        opened.config = sane(config)
 
 
 def look_at_weights(opened: Opened, file: Path, policy: Policy, expected: Expected | None) -> None:
@@ -223,7 +223,7 @@ def set_scalings(opened: Opened, config: Mapping[str, Any], policy: Policy, expe
 def read_values(opened: Opened, file: Path, policy: Policy, header: Header) -> None:
     """Open the values, to be read later, and hash the file."""
     try:
-        opened.source = Watched(SafetensorsFile(file), LARGEST_FACTOR)
+        opened.source = Watched(SafetensorsFile(file))
     except InputError as error:
         add(opened, policy, [Fault("FS008", f"cannot be opened ({str(error)[:200]})")], file.name)
 

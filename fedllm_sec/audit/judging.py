@@ -141,6 +141,8 @@ def judge_alone(
         return
     ranks = {module: opened.tensors[a].shape[0] for module, (a, _) in opened.modules.items()}
     faults = list(check_products(measured, row, ranks, policy.thresholds, is_update=is_update))
+    if opened.has("CF003"):  # the scaling of a module says why it is all of the update
+        faults = [fault for fault in faults if fault.rule != "W008"]
     faults += too_long_for_base(measured, row, bases, policy.thresholds)
     bank = work.context.bank
     if bank is not None and bank.is_update == is_update and not {"W009", "W014"} & {fault.rule for fault in faults}:

@@ -1,10 +1,12 @@
 """Texts from strangers: what should not be in them, and matching them in bounded time."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import regex
 
-SECONDS = 0.5  # for one match: a pattern of a stranger's may be made to take for ever
+SECONDS = 0.05  # for one match: a pattern of a stranger's may be made to take for ever
+LARGEST_NUMBER = 1e18  # of a configuration
 LONGEST = 2000  # characters of such a pattern
 
 SECRETS = {
@@ -32,6 +34,11 @@ def hostile_template(text: str) -> str | None:
     found = (regex.search(TEMPLATE, regex.sub(r"'[^']*'|\"[^\"]*\"", "''", each)) for each in inside)
     named = (regex.search(r"\[\s*['\"]__\w+__['\"]\s*\]|attr\s*\(\s*['\"]_", each) for each in inside)
     return next((match[0] for match in (*found, *named) if match), None)
+
+
+def is_positive(value: Any) -> bool:
+    """Whether it is a number above zero with which one can reckon."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST_NUMBER
 
 
 class TooSlowError(ValueError):

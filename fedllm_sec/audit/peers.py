@@ -131,7 +131,8 @@ def copies(gram: Array, names: tuple[str, ...], thresholds: Thresholds) -> dict[
         same = np.flatnonzero(distances < thresholds.copy_distance)
         if len(same):
             nearest = float(distances.min())
-            text = f"is the update of {named(names, same)}, but for {nearest:.2g} of its length"
+            how = f"but for {nearest:.2g} of its length" if nearest > 1e-6 else "exactly"
+            text = f"is the update of {named(names, same)}, {how}"
             found[row] = Fault("P002", text, None, nearest, thresholds.copy_distance)
     return found
 

@@ -134,8 +134,7 @@ def look_at_all(paths: Sequence[Path], names: Sequence[str] | None, context: Con
     for path, name in watched(list(zip(paths, called, strict=True)), "looking"):
         adapter = open_adapter(path, name, context.policy, expected)
         hashed(adapter, context.policy)
-        if context.base is not None:
-            against_base(adapter, context.base, context.policy, expected)
+        against_base(adapter, context.base, context.policy, expected)
         opened.append(adapter)
     return Work(context, opened)
 

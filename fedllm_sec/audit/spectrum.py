@@ -20,7 +20,8 @@ class Spectrum(NamedTuple):
         rank: the effective rank, exp(entropy of the shares) (Roy and Vetterli 2007).
         kurtosis: E[d^4] / E[d^2]^2 over the entries of the best approximation of rank 8.
         gauge: log10 of ||B|| / ||A||, as sent, without the scaling.
-        moved: log10 of ||A|| over that of the global adapter's A; 0 without one.
+        moved: by how much (log10) A became shorter than the global adapter's and B longer, or the other way round, the
+            smaller of both; 0 where both became longer, and without a global adapter.
         aligned: the cosine of A with the global adapter's A; NaN without one.
         slack: the length that the lengths of the factors' movement allow, over that of the product; 1 at rest.
     """
@@ -68,7 +69,7 @@ def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], sc
         torch.where(live, entropy.exp(), nothing),
         torch.where(live, kurtosis(stack, own, partner, anchored, left, root, directions), nothing),
         0.5 * log10(whole_b / scaling**2, whole_a),
-        torch.where(start > 0, 0.5 * log10(whole_a, start), torch.zeros_like(start)),
+        opposite(0.5 * log10(whole_a, start), 0.5 * log10(whole_b, trace(p, partner, partner))),
         torch.where(start > 0, (start + trace(q, own, partner)) / (start * whole_a).sqrt(), nothing),
         torch.where(allowed > 0, allowed / length, torch.ones_like(length)),
     )
@@ -100,6 +101,13 @@ def log10(above: Tensor, below: Tensor) -> Tensor:
     fine = (above > 0) & (below > 0)
     ratio = torch.where(fine, above, 1.0) / torch.where(fine, below, 1.0)
     return torch.where(fine, ratio.log10(), torch.nan)
+
+
+def opposite(a: Tensor, b: Tensor) -> Tensor:
+    """The smaller of two changes in opposite directions, with the sign of the first; a B that was zero has grown."""
+    b = torch.where(b.isnan(), torch.inf, b)
+    smaller = torch.minimum(a.abs(), b.abs()) * a.sign()
+    return torch.where(a * b < 0, smaller, torch.zeros_like(smaller))
 
 
 def kurtosis(

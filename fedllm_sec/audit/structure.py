@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm_sec.audit.header import Fault, TensorEntry
-from fedllm_sec.audit.patterns import TooSlowError, matches, matching
+from fedllm_sec.audit.patterns import TooSlowError, is_positive, matches, matching
 from fedllm_sec.updates.smuggling import PREFIX, WHOLE_HEADS, Kind, classify
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "word_embeddings", "shared", "embeddings")
@@ -125,7 +125,7 @@ def declared(found: Structure, config: Mapping[str, Any]) -> Iterator[Fault]:
         elif config.get(switch) and not there:
             yield Fault("KY008", f"promises {switch}, and nothing of it is in the file")
     saved = config.get("modules_to_save")
-    if isinstance(saved, list) and saved and not found.whole:
+    if isinstance(saved, list) and saved and not found.whole and not found.strange:
         yield Fault("KY008", f"promises modules_to_save={str(saved)[:80]}, and none of them is in the file")
 
 
@@ -153,7 +153,7 @@ def is_targeted(module: str, config: Mapping[str, Any]) -> bool:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if named(module, excluded):
         return False
-    if targets in (None, "all-linear") or config.get("target_parameters"):
+    if not isinstance(targets, str | list) or targets == "all-linear" or config.get("target_parameters"):
         return True
     layers = config.get("layers_to_transform")
     if isinstance(targets, list) and layers not in (None, []):
@@ -216,7 +216,7 @@ def rank_of(module: str, config: Mapping[str, Any]) -> int | None:
     patterns = patterns if isinstance(patterns, dict) else {}
     pattern = matching(patterns, module)
     rank = config.get("r", 8) if pattern is None else patterns[pattern]
-    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+    return rank if isinstance(rank, int) and is_positive(rank) else None
 
 
 def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | None:
@@ -229,7 +229,7 @@ def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | Non
     patterns = patterns if isinstance(patterns, dict) else {}
     pattern = matching(patterns, module)
     alpha = config.get("lora_alpha", 8) if pattern is None else patterns[pattern]
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha) or rank < 1:
+    if not is_positive(alpha) or rank < 1:
         return None
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

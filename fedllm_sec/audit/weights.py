@@ -119,7 +119,11 @@ def out_of_balance(measured: Measured, row: int, thresholds: Thresholds) -> Iter
     limit = float(np.log10(thresholds.gauge))
     for key, most, text in (
         ("slack", thresholds.slack, "has factors that moved {:.3g} times as far as their product in {}"),
-        ("moved", TURNED, "has a factor A of 10^{:.2f} times the global adapter's length in {}"),
+        (
+            "moved",
+            TURNED,
+            "has a factor A of 10^{:.2f} times the global adapter's length, and a B of the inverse, in {}",
+        ),
         ("gauge", limit, "has a factor B of 10^{:.2f} times the length of A in {}"),
     ):
         values = measured.measures[key][row]
