@@ -114,9 +114,12 @@ def aggregate(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     memory: Annotated[str, typer.Option(help="For the blocks, whatever the model's size.")] = "1GiB",
     seed: Annotated[int, typer.Option(help="Of defenses that draw at random.")] = 0,
+    audited: Annotated[bool, typer.Option("--audit", help="Audit first; leave out what fails, and say why.")] = False,
+    policy: Annotated[Path | None, typer.Option(help="Of the audit: a YAML file; implies --audit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision for machines.")] = False,
 ) -> None:
     """Aggregate clients' adapters under a chain of defenses into one adapter, streamed."""
+    from fedllm_sec.audit import read_policy
     from fedllm_sec.federation.offline import aggregate_adapters, decision_table, parse_chain, parse_counts
 
     del parameter  # folded into `defense`
@@ -132,6 +135,7 @@ def aggregate(
         device=device,
         memory=memory,
         seed=seed,
+        audit=read_policy(policy) if audited or policy is not None else None,
     )
     if as_json:
         print(json.dumps(decision, indent=2))

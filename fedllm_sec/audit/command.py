@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from fedllm_sec.registry import did_you_mean
 from fedllm_sec.terminal import console
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_text
+
+if TYPE_CHECKING:
+    from fedllm_sec.audit.behaviour import Probe
 
 FORMATS = ("text", "json", "sarif", "html", "markdown")
 WIDE = 160  # columns of a text report in a file
@@ -57,40 +60,48 @@ def audit(
 
     Exit codes, the same in every format: 0 clean, 1 findings at or above --fail-on, 2 bad input, 3 nothing to audit.
     """
-    from fedllm_sec.audit.run import adapters_in, audit_adapters, make_bank
-
     check_options(format, words, probe, privacy, base, reference)
     rules = read_policy(policy)
     if fail_on is not None:
         rules = rules.model_copy(update={"fail_on": str(severity_named(fail_on))})
-    found = adapters_in(adapters)
-    if not found:
+    result = audited(
+        adapters, write_baseline, memory, reference=reference, base=base, trusted=trusted or (), bank=baseline,
+        history=history, policy=rules, probe=read_texts(probe, words, seed),
+        privacy=tells_privacy(reference, base) if privacy is None else privacy, device=device,
+    )  # fmt: skip
+    if result is None:
         console.print("there was nothing to audit", highlight=False)
         raise typer.Exit(3)
-    asked = None
-    if probe is not None:
-        from fedllm_sec.audit.behaviour import read_probe
-
-        asked = read_probe(probe, words, seed)
-    has_weights = base is not None and base.is_dir() and any(base.glob("model*.safetensors"))
-    result = audit_adapters(
-        found,
-        reference=reference,
-        base=base,
-        trusted=trusted or (),
-        bank=baseline,
-        history=history,
-        policy=rules,
-        probe=asked,
-        privacy=reference is not None and has_weights if privacy is None else privacy,
-        device=device,
-        memory=memory,
-    )
-    if write_baseline is not None:
-        make_bank(found, reference=reference, memory=memory).save(write_baseline)
-        console.print(f"baseline of {len(found)} adapters: {write_baseline}", highlight=False)
     report(result, format, out, summary)
     raise typer.Exit(0 if no_fail else result.exit_code)
+
+
+def audited(adapters: Sequence[Path], write_baseline: Path | None, memory: str, **how: Any) -> Audit | None:
+    """Audit what is there, and make a bank of it if wanted; None where there is nothing."""
+    from fedllm_sec.audit.run import adapters_in, audit_adapters, make_bank
+
+    found = adapters_in(adapters)
+    if not found:
+        return None
+    result = audit_adapters(found, memory=memory, **how)
+    if write_baseline is not None:
+        make_bank(found, reference=how["reference"], memory=memory).save(write_baseline)
+        console.print(f"baseline of {len(found)} adapters: {write_baseline}", highlight=False, markup=False)
+    return result
+
+
+def read_texts(probe: Path | None, words: Path | None, seed: int) -> "Probe | None":
+    """What the model is to be asked; None: nothing."""
+    if probe is None:
+        return None
+    from fedllm_sec.audit.behaviour import read_probe
+
+    return read_probe(probe, words, seed)
+
+
+def tells_privacy(reference: Path | None, base: Path | None) -> bool:
+    """Whether all is given that it takes to tell what updates reveal."""
+    return reference is not None and base is not None and base.is_dir() and any(base.glob("model*.safetensors"))
 
 
 def check_options(

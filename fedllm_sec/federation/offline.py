@@ -13,9 +13,11 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fedllm_sec.audit import Policy
 from fedllm_sec.config import override_tree
 from fedllm_sec.core import Round, aggregate
 from fedllm_sec.defenses.geometry.gram import norms
+from fedllm_sec.federation.audited import Chain, audited
 from fedllm_sec.federation.run_folder import fill_folder
 from fedllm_sec.registry import defense
 from fedllm_sec.terminal import reading
@@ -28,8 +30,6 @@ from fedllm_sec.updates.sources import ADAPTER_CONFIG, adapter_file
 from fedllm_sec.updates.update_set import UpdateSet
 
 logger = logging.getLogger(__name__)
-
-Chain = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def aggregate_adapters(
@@ -45,8 +45,9 @@ def aggregate_adapters(
     device: str = "cpu",
     memory: str = "1GiB",
     seed: int = 0,
+    audit: Policy | None = None,
 ) -> dict[str, Any]:
-    """Write the adapter that a server would make of the clients' adapters, and why, as `decision.json` beside it.
+    """Write the adapter that a server would make of the clients' adapters, and, as `decision.json`, why; return that.
 
     Args:
         clients: PEFT adapter folders or safetensors files.
@@ -60,9 +61,7 @@ def aggregate_adapters(
         device: where blocks are computed.
         memory: for the blocks.
         seed: of defenses that draw at random.
-
-    Returns:
-        What `decision.json` holds.
+        audit: audit the clients' adapters first by this policy, and leave out what fails.
 
     Raises:
         InputError: for an unknown defense or parameter, an update that does not pass the gate, too few clients.
@@ -70,13 +69,14 @@ def aggregate_adapters(
     if os.path.lexists(out):
         raise InputError(f"{out}: exists already; choose another --out")
     defenses = [defense.build(name, parameters) for name, parameters in chain]
+    passed = audited(clients, reference, num_samples, audit, device=device, memory=memory) if audit else None
+    clients, num_samples = (passed.clients, passed.num_samples) if passed else (clients, num_samples)
     how: dict[str, Any] = {"space": space, "device": device, "memory": memory}
     most = largest_claim(num_samples or [], sample_cap, "--sample-cap")
     updates = open_updates(clients, reference=reference, num_samples=num_samples, max_samples=most, **how)
     base = open_updates([reference], **how)
     own = open_updates([trusted], reference=reference, **how) if trusted else None
-    if not (reference / ADAPTER_CONFIG).is_file():
-        logger.warning("%s has no %s: PEFT will not load %s before one is put there", reference, ADAPTER_CONFIG, out)
+    warn_without_config(reference, out)
     began = time.perf_counter()
     with atomic_folder(out) as partial, reading("aggregating", lambda: updates.budget.traffic.read):
         with blaming_nobody_for(own, updates):
@@ -86,10 +86,23 @@ def aggregate_adapters(
         if discarded is not None:
             decision["discarded_energy"] = discarded[0]
         decision |= cost_of([updates, base, *([own] if own else [])], clients, time.perf_counter() - began)
+        if passed:
+            decision["audit"] = passed.write(partial, reference, chain)
         write_json(partial / "decision.json", decision)
-        for left in [*partial.glob("*/settled_*"), *partial.glob("*/row_*"), *partial.glob("*/memory.json")]:
-            left.unlink()  # one aggregation has no next round to remember it
+        forget(partial)
     return decision
+
+
+def forget(folder: Path) -> None:
+    """Delete what defenses remember for the next round, which one aggregation does not have."""
+    for left in [*folder.glob("*/settled_*"), *folder.glob("*/row_*"), *folder.glob("*/memory.json")]:
+        left.unlink()
+
+
+def warn_without_config(reference: Path, out: Path) -> None:
+    """Say that PEFT will not load what is written, where the global adapter has no configuration to go with it."""
+    if not (reference / ADAPTER_CONFIG).is_file():
+        logger.warning("%s has no %s: PEFT will not load %s before one is put there", reference, ADAPTER_CONFIG, out)
 
 
 @contextmanager
@@ -162,6 +175,8 @@ def caption_of(decision: Mapping[str, Any]) -> str:
     ]
     if decision.get("discarded_energy") is not None:
         parts.append(f"the rank discards {decision['discarded_energy']:.3g} of the update's energy")
+    if decision.get("audit"):
+        parts.append(f"the audit left out {len(decision['audit']['left_out'])} of {len(decision['audit']['sources'])}")
     parts.append(f"space: {decision['space']}")
     parts.append(f"{decision['passes']:g} passes, {decision['bytes_read'] / 2**20:,.1f} MiB read")
     parts.append(f"peak {decision['peak_memory'] / 2**20:,.0f} MiB, {decision['seconds']:g} s")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedllm_sec.core import Knowledge, Round, Threat, aggregate, check_granted, poison
-from fedllm_sec.federation.offline import Chain
+from fedllm_sec.federation.audited import Chain
 from fedllm_sec.federation.run_folder import client_name, fill_folder
 from fedllm_sec.federation.stealth import stealth
 from fedllm_sec.registry import attack, defense

@@ -102,14 +102,14 @@ def card_section(audit: Audit) -> str:
         [
             markdown_code(subject.name),
             markdown_code(weights_hash(subject)) if weights_hash(subject) else "",
-            "left out" if audit.fails(subject.name) else "merged",
+            "left out" if audit.fails(subject.name) else "passed",
         ]
         for subject in audit.subjects
     ]
     fit = len(audit.fit)
     said = (
         f"Before this adapter was merged, {TOOL} {tool_version()} audited {plural(len(audit.subjects), 'source')}: "
-        f"{fit} merged, {len(rows) - fit} left out. Policy <code>{policy_sha256(audit)}</code>, "
+        f"{fit} passed, {len(rows) - fit} left out. Policy <code>{policy_sha256(audit)}</code>, "
         f"which leaves out for findings of {audit.fail_on} severity and above. {NO_PROOF}"
     )
     parts = ["## Audit", said, *([table(("source", "sha256", "verdict"), rows)] if rows else [])]
