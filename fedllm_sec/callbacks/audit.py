@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedllm_sec.attacks.local import distance
+from fedllm_sec.audit import audit_adapters
 from fedllm_sec.callbacks.base import OnWeights
 from fedllm_sec.callbacks.weights import Received, without_base
 from fedllm_sec.training.base_model import adapter_config
@@ -32,7 +33,8 @@ class AuditOnSave(OnWeights):
     What is looked at: that the file is whole and has exactly the tensors of the adapter, in their shapes; that values
     are numbers; that they have not been rounded to 16 bits, which loses an update (DeepSpeed saves so under bf16); that
     the configuration is the model's; that something was trained; that the update is not longer than `norm`; that no
-    pickle lies there but those from which `Trainer` resumes. Nothing is ever unpickled.
+    pickle lies there but those from which `Trainer` resumes; and then all that `fedllm-sec audit` looks at. Nothing is
+    ever unpickled.
 
     Findings are logged as warnings, kept in `findings` by step, and counted in `trainer.state.log_history` as
     `audit/findings`. The hub is sent a checkpoint before callbacks can look at it; push yourself when this is empty.
@@ -114,7 +116,15 @@ def audit(
     if short:
         found.append(f"tensor {short[0]!r} is saved as {file.dtypes[short[0]]}, which loses a small update")
     state = load_file(adapter_file(folder))
-    return found + of_values({name: state[name] for name in received}, received, norm)
+    found += of_values({name: state[name] for name in received}, received, norm)
+    return found or (by_rule(folder) if config is not None else [])
+
+
+def by_rule(folder: Path) -> list[str]:
+    """What `fedllm-sec audit` finds in a checkpoint, besides the files that `Trainer` resumes from."""
+    result = audit_adapters([folder])
+    ours = [each for each in result.failing if not (each.file or "").startswith(OF_TRAINER)]
+    return [f"{each.rule.id}: {each.message}" for each in ours]
 
 
 def of_values(state: Mapping[str, Tensor], received: Mapping[str, Tensor], norm: float | None) -> list[str]:

@@ -95,8 +95,8 @@ def audited(
     result = audit_adapters(clients, reference=reference, policy=policy, device=device, memory=memory)
     fit = set(result.fit)
     keep = [i for i, subject in enumerate(result.subjects) if subject.name in fit]
-    first = {finding.adapter: finding for finding in reversed(result.failing)}
-    lines = [f"{name}: {each.rule.id}: {each.message}" for name, each in first.items()]
+    gravest = {finding.adapter: finding for finding in reversed(result.failing)}
+    lines = [f"{name}: {gravest[name].rule.id}: {gravest[name].message}" for name in sorted(gravest)]
     if not keep:
         raise InputError("no adapter passed the audit:\n" + "\n".join(lines))
     for line in lines:
