@@ -12,7 +12,7 @@ from fedllm_sec.updates.sources import SafetensorsFile, all_finite
 
 FEW = 256  # distinct values: what eight bits can tell apart
 ENOUGH = 1024  # values, before few distinct ones mean anything
-LOOKED_AT = 2**16  # values that are looked at for distinct ones
+LOOKED_AT = 2**12  # values that are looked at for distinct ones
 NORMAL = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float64, torch.float32, torch.bfloat16)}
 
 
@@ -43,23 +43,31 @@ class Census:
     distinct: int = 0
     digest: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
-    def add(self, values: Tensor) -> None:
-        """Count a run of values, in their stored type."""
+    def add(self, values: Tensor) -> bool:
+        """Count a run of values, in their stored type; say whether all are numbers."""
         first = self.count == 0
         self.count += values.numel()
         self.digest.update(memoryview(values.view(torch.uint8).numpy().data))
         if not values.numel():
-            return
-        if not all_finite(values, LARGEST_FACTOR):
-            fine = values[values.abs() <= LARGEST_FACTOR]
-            self.bad += values.numel() - fine.numel()
-            values = fine
-        if not values.numel():
-            return
-        low, high = torch.aminmax(values)
-        self.lowest, self.highest = min(self.lowest, float(low)), max(self.highest, float(high))
+            return True
+        low, high = (float(each) for each in torch.aminmax(values))
+        fine = low >= -LARGEST_FACTOR and high <= LARGEST_FACTOR  # false for NaN too
+        if not fine:
+            kept = values[values.abs() <= LARGEST_FACTOR]
+            self.bad += values.numel() - kept.numel()
+            if not kept.numel():
+                return False
+            values = kept
+            low, high = (float(each) for each in torch.aminmax(values))
+        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
+        self.look(values, first=first)
+        return fine
+
+    def look(self, values: Tensor, *, first: bool) -> None:
+        """Denormals, and formats in which they all fit."""
         if values.dtype in NORMAL:
-            self.denormal += int(((values.abs() < NORMAL[values.dtype]) & (values != 0)).sum())
+            small = values[values.abs() < NORMAL[values.dtype]]
+            self.denormal += int(small.count_nonzero()) if small.numel() else 0
         if values.dtype in (torch.float32, torch.float64):
             self.is_bfloat16 = self.is_bfloat16 and rounds_to(values, torch.bfloat16)
             self.is_float16 = self.is_float16 and rounds_to(values, torch.float16)
@@ -121,8 +129,7 @@ class Watched:
         """A run of columns, counted if it is what follows."""
         values = self.file.load(span, into)
         census = self.census.setdefault(span.tensor, Census())
-        if census.count == span.start:
-            census.add(values)
-        if not all_finite(values, LARGEST_FACTOR):
-            values = torch.where(values.abs() <= LARGEST_FACTOR, values, torch.zeros((), dtype=values.dtype))
-        return values
+        fine = census.add(values) if census.count == span.start else all_finite(values, LARGEST_FACTOR)
+        return (
+            values if fine else torch.where(values.abs() <= LARGEST_FACTOR, values, torch.zeros((), dtype=values.dtype))
+        )

@@ -20,6 +20,7 @@ from fedllm_sec.updates.device import Budget, Scratch
 from fedllm_sec.updates.errors import NotFiniteError
 from fedllm_sec.updates.factors import AdapterFactors, Anchor
 from fedllm_sec.updates.layout import Layout, Pair
+from fedllm_sec.updates.linalg import one_thread
 from fedllm_sec.updates.products import Balanced, Factors, Products, Room, Stack
 from fedllm_sec.updates.rows import from_sources
 from fedllm_sec.updates.sources import SafetensorsFile
@@ -129,7 +130,8 @@ class Pass:
             place = torch.tensor(list(index))
             found[place[:, None], place] = part
             new = [k for k, i in enumerate(index) if i not in done]
-            self.note(column, [index[k] for k in new], spectrum(stack, inner, new, pair.scaling))
+            with one_thread():  # thousands of small matrices
+                self.note(column, [index[k] for k in new], spectrum(stack, inner, new, pair.scaling))
             if self.reference and len(groups) == 1:
                 self.count_signs(stack)
             done.update(index)
@@ -165,10 +167,10 @@ class Pass:
         n, own = len(self.adapters), len(stack.owner)
         for signs in (stack.left[:, :own].sign().T, stack.right[:own].sign()):
             signs = signs.reshape(n, -1).to(torch.int16)
-            others = (signs.sum(dim=0, dtype=torch.int16) - signs).sign()
-            counted = (signs != 0) & (others != 0)
-            self.agreeing[0] += ((signs == others) & counted).sum(dim=1)
-            self.agreeing[1] += counted.sum(dim=1)
+            agreeing = signs * (signs.sum(dim=0, dtype=torch.int16) - signs).sign_()  # 1, -1, or 0 where one has none
+            counted = agreeing.count_nonzero(dim=1)
+            self.agreeing[0] += (agreeing.sum(dim=1) + counted) / 2
+            self.agreeing[1] += counted
 
 
 def measure(

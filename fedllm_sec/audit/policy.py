@@ -52,10 +52,10 @@ class Thresholds(Strict):
     norm: Positive | None = None
     of_base: Positive = 1.0
     top1: Fraction = 0.995
-    kurtosis: Positive = 300.0
+    kurtosis: Positive = 100.0
     few_layers: Fraction = 0.9
     gauge: Positive = 1e6
-    slack: Positive = 100.0
+    slack: Positive = 30.0
     copy_distance: Positive = 0.02
     minus: Annotated[float, Field(ge=-1, le=0)] = -0.9
     denormal: Fraction = 0.01

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedllm_sec.updates.products import Stack
 
-KEPT = 8  # singular directions of which the entries' fourth moment is taken
+KEPT = 4  # singular directions of which the entries' fourth moment is taken
 TINY = 1e-14  # of the largest eigenvalue: what is smaller is rounding
 
 
@@ -18,7 +18,7 @@ class Spectrum(NamedTuple):
     Attributes:
         top1: the share of the squared norm in the largest singular value.
         rank: the effective rank, exp(entropy of the shares) (Roy and Vetterli 2007).
-        kurtosis: E[d^4] / E[d^2]^2 over the entries of the best approximation of rank 8.
+        kurtosis: E[d^4] / E[d^2]^2 over the entries of the best approximation of rank 4.
         gauge: log10 of ||B|| / ||A||, as sent, without the scaling.
         moved: by how much (log10) A became shorter than the global adapter's and B longer, or the other way round, the
             smaller of both; 0 where both became longer, and without a global adapter.
@@ -50,9 +50,8 @@ def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], sc
     partner = stack.partner.view(-1, rank)[list(rows)]
     anchored = bool((partner < len(p) - 1).any())
     left, right = column_products(p, own, partner, anchored), row_products(q, own, partner, anchored)
-    values, vectors = torch.linalg.eigh(left)
-    root = (vectors * values.clamp(min=0).sqrt()[:, None]) @ vectors.mT
-    squares, directions = torch.linalg.eigh(root @ right @ root)
+    roots = Roots.of(left)
+    squares, directions = torch.linalg.eigh(roots.root @ right @ roots.root)
     squares = squares.clamp(min=0)
     total = squares.sum(dim=1)
     shares = squares / total.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
@@ -67,12 +66,28 @@ def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], sc
     return Spectrum(
         torch.where(live, shares[:, -1], nothing),
         torch.where(live, entropy.exp(), nothing),
-        torch.where(live, kurtosis(stack, own, partner, anchored, left, root, directions), nothing),
+        torch.where(live, kurtosis(stack, own, partner, anchored, roots, directions), nothing),
         0.5 * log10(whole_b / scaling**2, whole_a),
         opposite(0.5 * log10(whole_a, start), 0.5 * log10(whole_b, trace(p, partner, partner))),
         torch.where(start > 0, (start + trace(q, own, partner)) / (start * whole_a).sqrt(), nothing),
         torch.where(allowed > 0, allowed / length, torch.ones_like(length)),
     )
+
+
+class Roots(NamedTuple):
+    """The symmetric square roots of some (k, c, c) matrices, and their inverses where they have one."""
+
+    root: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> "Roots":
+        """By their eigenvectors; what is rounding is taken to be zero."""
+        values, vectors = torch.linalg.eigh(matrices)
+        cut = TINY * values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
+        roots = values.clamp(min=0).sqrt()
+        inverses = torch.where(values > cut, values.clamp(min=0).rsqrt(), 0.0)
+        return cls((vectors * roots[:, None]) @ vectors.mT, (vectors * inverses[:, None]) @ vectors.mT)
 
 
 def column_products(p: Tensor, own: Tensor, partner: Tensor, anchored: bool) -> Tensor:
@@ -110,36 +125,37 @@ def opposite(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a * b < 0, smaller, torch.zeros_like(smaller))
 
 
-def kurtosis(
-    stack: Stack, own: Tensor, partner: Tensor, anchored: bool, left: Tensor, root: Tensor, directions: Tensor
-) -> Tensor:
+def kurtosis(stack: Stack, own: Tensor, partner: Tensor, anchored: bool, roots: Roots, directions: Tensor) -> Tensor:
     """(k,) the kurtosis of the entries of U S Vᵀ, of the largest singular values.
 
     sum_ij (sum_a u_ia v_ja)^4 is the inner product of two small matrices: those of all products u_a u_b and v_a v_b.
     """
     count = min(KEPT, directions.shape[-1])
     first, second = torch.triu_indices(count, count)
-    weights = torch.where(first == second, 1.0, 2.0**0.5).double()
-    values, vectors = torch.linalg.eigh(left)
-    cut = TINY * values[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-    inverse = torch.where(values > cut, values.clamp(min=0).rsqrt(), 0.0)
-    inverse_root = (vectors * inverse[:, None]) @ vectors.mT
+    weights = torch.where(first == second, 1.0, 2.0**0.5).double()[:, None]
     found = torch.zeros(len(own), dtype=torch.float64)
+    tops = directions[:, :, -count:]
+    to_left, to_right = (roots.inverse @ tops).mT, (roots.root @ tops).mT
     for k in range(len(own)):
-        columns, rows = factors_of(stack, own[k], partner[k], anchored)
-        top = directions[k, :, -count:]
-        u, v = columns @ (inverse_root[k] @ top), (top.T @ root[k]) @ rows
+        u, v = top_vectors(stack, own[k], partner[k], anchored, to_left[k], to_right[k])
         squared = v.square().sum()
-        pairs_u, pairs_v = u[:, first] * u[:, second] * weights, v[first] * v[second] * weights[:, None]
-        fourth = ((pairs_u.T @ pairs_u) * (pairs_v @ pairs_v.T)).sum()
-        found[k] = len(u) * v.shape[1] * fourth / squared.square().clamp(min=torch.finfo(torch.float64).tiny)
+        pairs_u, pairs_v = u[first] * u[second] * weights, v[first] * v[second] * weights
+        fourth = ((pairs_u @ pairs_u.T) * (pairs_v @ pairs_v.T)).sum()
+        found[k] = u.shape[1] * v.shape[1] * fourth / squared.square().clamp(min=torch.finfo(torch.float64).tiny)
     return found
 
 
-def factors_of(stack: Stack, own: Tensor, partner: Tensor, anchored: bool) -> tuple[Tensor, Tensor]:
-    """The left factor [x, B_g] and the right one [A_g + y; y] of one row."""
+def top_vectors(
+    stack: Stack, own: Tensor, partner: Tensor, anchored: bool, to_left: Tensor, to_right: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(c, d_out) left singular vectors of one row's product, and (c, d_in) right ones times their singular values.
+
+    Its left factor is [x, B_g] and its right one [A_g + y; y]; neither is put together.
+    """
     x, y = stack.left[:, own[0] : own[-1] + 1], stack.right[own[0] : own[-1] + 1]
     if not anchored:
-        return x, y
+        return to_left @ x.T, to_right @ y
     b, a = stack.left[:, partner[0] : partner[-1] + 1], stack.right[partner[0] : partner[-1] + 1]
-    return torch.cat([x, b], dim=1), torch.cat([a + y, y])
+    rank = len(own)
+    whole, rest = to_right[:, :rank], to_right[:, rank:]
+    return to_left[:, :rank] @ x.T + to_left[:, rank:] @ b.T, whole @ a + (whole + rest) @ y
