@@ -82,6 +82,8 @@ class Bank:
         try:
             if found["schema_version"] != VERSION:
                 raise InputError(f"{path}: is a baseline of version {found['schema_version']}, expected {VERSION}")
+            if int(found["n"]) < 2 or not all(isinstance(each, dict) for each in found["sources"]):
+                raise ValueError("n and sources say what it was made from")
             modules = {name: pairs_of(each) for name, each in found["modules"].items()}
             return cls(int(found["n"]), modules, pairs_of(found["whole"]), found["sources"], bool(found["is_update"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -111,7 +113,10 @@ def pairs_of(fields: Mapping[str, Sequence[Any]]) -> dict[str, tuple[float, floa
 
 def number(value: Any) -> float:
     """A number; null is NaN."""
-    return float("nan") if value is None else float(value)
+    known = float("nan") if value is None else float(value)
+    if value is not None and not np.isfinite(known):
+        raise ValueError(f"{value} is no number")
+    return known
 
 
 def spread(values: Array) -> tuple[float, float]:

@@ -60,7 +60,7 @@ def audit(
 
     Exit codes, the same in every format: 0 clean, 1 findings at or above --fail-on, 2 bad input, 3 nothing to audit.
     """
-    check_options(format, words, probe, privacy, base, reference)
+    check_options(format, words, probe, privacy, base, reference, out, summary)
     rules = read_policy(policy)
     if fail_on is not None:
         rules = rules.model_copy(update={"fail_on": str(severity_named(fail_on))})
@@ -105,13 +105,23 @@ def tells_privacy(reference: Path | None, base: Path | None) -> bool:
 
 
 def check_options(
-    format: str, words: Path | None, probe: Path | None, privacy: bool | None, base: Path | None, reference: Path | None
+    format: str,
+    words: Path | None,
+    probe: Path | None,
+    privacy: bool | None,
+    base: Path | None,
+    reference: Path | None,
+    out: Path | None,
+    summary: Path | None,
 ) -> None:
     """Refuse options that do not go together, before any work.
 
     Raises:
         InputError: naming them.
     """
+    for path in (out, summary):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{path}: there is no folder {path.parent}; make it first")
     if format not in FORMATS:
         raise InputError(f"there is no format {format!r}{did_you_mean(format, dict.fromkeys(FORMATS))}")
     if words is not None and probe is None:

@@ -27,6 +27,10 @@ PASSING = {"inference_mode", "peft_version", "auto_mapping", "lora_dropout", "in
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "inference_mode", "use_qalora")
 NAMES = ("target_modules", "modules_to_save", "exclude_modules", "layers_pattern", "target_parameters")
 REMOTE = ("auto_map", "trust_remote_code", "custom_pipelines")  # fields of models, at which loaders run code
+VARIANTS = ("use_bdlora", "arrow_config", "monteclora_config", "velora_config", "use_qalora")
+DICTIONARIES = {"rank_pattern", "alpha_pattern", "loftq_config"}  # which are empty where there is nothing
+MOST_PATTERNS = 2000
+MOST_NAMES = 10_000
 CONDITIONS = {
     "alora_invocation_tokens": "it acts only behind certain tokens",
     "trainable_token_indices": "it replaces the embeddings of certain tokens",
@@ -95,6 +99,7 @@ def unfit(config: Mapping[str, Any]) -> set[str]:
         "bias": lambda value: value in ("none", "all", "lora_only"),
         "layers_to_transform": lambda value: isinstance(value, int) or is_list(value, int),
         "init_lora_weights": lambda value: isinstance(value, bool | str),
+        "trainable_token_indices": lambda value: value != [],
     }
     kinds |= dict.fromkeys(SWITCHES, lambda value: isinstance(value, bool))
     kinds |= dict.fromkeys(NAMES, lambda value: isinstance(value, str) or is_list(value, str))
@@ -113,12 +118,13 @@ def sane(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_list(value: Any, kind: type) -> bool:
     """Whether it is a list of names that are not empty, or of numbers."""
-    return isinstance(value, list) and all(type(each) is kind and each != "" for each in value)
+    few = isinstance(value, list) and len(value) <= MOST_NAMES
+    return few and all(type(each) is kind and each != "" for each in value)
 
 
 def is_pattern(value: Any) -> bool:
     """Whether it maps names to numbers above zero."""
-    return isinstance(value, dict) and all(is_positive(each) for each in value.values())
+    return isinstance(value, dict) and len(value) <= MOST_PATTERNS and all(map(is_positive, value.values()))
 
 
 def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -128,7 +134,7 @@ def patterns_of(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, config[name]
     for name in ("rank_pattern", "alpha_pattern"):
         if isinstance(config.get(name), dict):
-            yield from ((name, rf"(.*\.)?({pattern})") for pattern in config[name])
+            yield from ((name, pattern) for pattern in config[name])
 
 
 def gadgets(config: Mapping[str, Any]) -> Iterator[Fault]:
@@ -136,7 +142,10 @@ def gadgets(config: Mapping[str, Any]) -> Iterator[Fault]:
     mapping = config.get("auto_mapping")
     if mapping is not None:
         parent = str(mapping.get("parent_library", "")) if isinstance(mapping, dict) else str(mapping)
-        if not parent.startswith(SAFE_PARENTS):
+        if parent == "__main__":  # PEFT writes this for a model of the trainer's own script
+            text = "has auto_mapping with the library '__main__': a model of the trainer's own"
+            yield Fault("CF010", text, "auto_mapping", parent)
+        elif not parent.startswith(SAFE_PARENTS):
             yield Fault("CF001", f"has auto_mapping with the library {parent[:80]!r}", "auto_mapping", parent[:80])
     core = config.get("megatron_core", "megatron.core")
     if core not in (None, "megatron.core") or config.get("megatron_config") is not None:
@@ -167,6 +176,14 @@ def changes_base(config: Mapping[str, Any]) -> Iterator[Fault]:
     if isinstance(init, str) and init not in HARMLESS_INITS:
         text = f"has init_lora_weights={str(init)[:40]!r}, which changes the base's weights on load"
         yield Fault("CF004", text, None, str(init)[:40], list(HARMLESS_INITS))
+    elif init is False:
+        text = "has init_lora_weights=false: targets that the file lacks get random factors that act"
+        yield Fault("CF004", text, None, "false", list(HARMLESS_INITS))
+    if config.get("kasa_config") is not None:
+        yield Fault("CF004", "has a kasa_config: the base's weights are truncated on load", "kasa_config")
+    variants = [name for name in VARIANTS if config.get(name) not in (None, False)]
+    if variants:
+        yield Fault("CF011", f"has {shown(variants)}, with which its factors mean something else", None, variants)
     for name, what in CONDITIONS.items():
         if config.get(name):
             yield Fault("CF005", f"has {name}: {what}", name, str(config[name])[:80])
@@ -190,17 +207,19 @@ def check_scaling(config: Mapping[str, Any], scalings: Mapping[str, float], poli
 def other_configuration(config: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Fault]:
     """In what it departs from the global adapter's, besides what does not matter to what the tensors mean."""
     keys = (config.keys() | expected.keys()) - PASSING
-    differs = sorted(key for key in keys if plain(config.get(key)) != plain(expected.get(key)))
+    differs = sorted(key for key in keys if plain(key, config.get(key)) != plain(key, expected.get(key)))
     if differs:
         first = differs[0]
         told = f"{first[:60]} is {str(config.get(first))[:60]}, expected {str(expected.get(first))[:60]}"
         yield Fault("CF007", f"differs from the global adapter's: {told}{more(differs)}", None, differs[:20])
 
 
-def plain(value: Any) -> Any:
-    """Without order where it has none; an empty value is as good as none."""
+def plain(field: str, value: Any) -> Any:
+    """Without order and repetitions where they mean nothing (PEFT repeats names as it loads and saves again)."""
     if isinstance(value, list):
-        return sorted(map(str, value)) or None
+        return sorted(set(map(str, value))) or None
+    if value == {} and field not in DICTIONARIES:
+        return value
     return value or None
 
 

@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,8 @@ from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
 DEEPEST = 6  # folders within folders
 OWN = (
     ADAPTER_FILE, ADAPTER_CONFIG, "client.json", "decision.json", "update.safetensors", "buffers.safetensors",
-    "README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", ".gitattributes", "SHA256SUMS",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt", ".gitattributes",
+    "SHA256SUMS",
 )  # fmt: skip
 TOKENIZER = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model",
@@ -111,7 +113,7 @@ def scanned(listing: Listing, folder: Path, prefix: str) -> Iterator[tuple[str, 
 def check_file(listing: Listing, entry: Entry, policy: Policy) -> None:
     """What is wrong with a file: at most one thing."""
     name, base = entry.name, entry.name.rpartition("/")[2]
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in OWN):
+    if name in OWN:
         return
     try:
         with entry.path.open("rb") as file:
@@ -143,13 +145,33 @@ def allowed(name: str, patterns: Sequence[str]) -> bool:
 
 
 def check_template(listing: Listing, entry: Entry) -> None:
-    """A tokenizer's file, which may hold a chat template; `tokenizers.compare` looks whether it is the base's."""
-    if entry.size > LARGEST_TEMPLATE and entry.name.endswith((".jinja", "_config.json")):
+    """A tokenizer's file, which may hold chat templates; `Base.other_tokenizer` looks whether it is the base's."""
+    if not entry.name.endswith((".jinja", ".json")) or entry.name.rpartition("/")[2] == "tokenizer.json":
+        return  # vocabularies hold none, and are large
+    if entry.size > LARGEST_TEMPLATE:
         listing.at_fault(entry.name, "FS018", f"is {entry.size:,} bytes long", None, entry.size, LARGEST_TEMPLATE)
-    elif entry.name.endswith((".jinja", ".json")) and entry.size <= LARGEST_TEMPLATE:
-        text = entry.path.read_text(encoding="utf-8", errors="replace").replace('\\"', '"').replace("\\n", "\n")
-        if found := hostile_template(text):
-            listing.at_fault(entry.name, "FS020", f"has a template with {found[:60]!r} in it")
+        return
+    text = entry.path.read_text(encoding="utf-8", errors="replace")
+    found = next((each for part in texts_in(text, entry.name) if (each := hostile_template(part))), None)
+    if found:
+        listing.at_fault(entry.name, "FS020", f"has a template with {found[:60]!r} in it")
+
+
+def texts_in(text: str, name: str) -> Iterator[str]:
+    """The text of a template; of JSON every string, as it is read."""
+    if name.endswith(".json"):
+        try:
+            todo = [json.loads(text)]
+        except (ValueError, RecursionError):
+            todo = [text]
+        while todo:
+            each = todo.pop()
+            if isinstance(each, str):
+                yield each
+            elif isinstance(each, dict | list):
+                todo += [*each.values(), *each] if isinstance(each, dict) else each
+    else:
+        yield text
 
 
 def tokenizer_files(listing: Listing) -> dict[str, Entry]:

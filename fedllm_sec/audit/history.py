@@ -70,7 +70,7 @@ def received(round_folder: Path) -> Path | None:
     """The global adapter that the clients of a round started from; None where it is not there."""
     inside = next((round_folder / name for name in GLOBALS if is_adapter(round_folder / name)), None)
     number = round_folder.name.rpartition("_")[2]
-    beside = round_folder.parent / f"global_{int(number) - 1:04d}" if number.isdigit() else None
+    beside = round_folder.parent / f"global_{int(number) - 1:04d}" if number.isdecimal() else None
     return inside or (beside if beside is not None and is_adapter(beside) else None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedllm_sec.audit.census import Watched
 from fedllm_sec.audit.configuration import (
+    CONDITIONS,
     check_configuration,
     check_scaling,
     kind,
@@ -118,8 +119,16 @@ def open_adapter(path: Path, name: str, policy: Policy, expected: Expected | Non
     if weights is not None:
         look_at_weights(opened, weights, policy, expected)
     if opened.config is not None and expected is not None and expected.config is not None:
+        drop_agreed(opened, expected.config)
         add(opened, policy, other_configuration(opened.config, expected.config), ADAPTER_CONFIG)
     return opened
+
+
+def drop_agreed(opened: Opened, agreed: Mapping[str, Any]) -> None:
+    """What the global adapter's configuration has too was agreed."""
+    assert opened.config is not None
+    same = {name for name in CONDITIONS if opened.config.get(name) == agreed.get(name)}
+    opened.findings = [f for f in opened.findings if not (f.rule.id == "CF005" and f.tensor in same)]
 
 
 def look_at_config(opened: Opened, folder: Path, policy: Policy) -> None:
@@ -212,7 +221,9 @@ def set_scalings(opened: Opened, config: Mapping[str, Any], policy: Policy, expe
             continue
         try:
             scaling = 1.0 if counts is None else scaling_of(name, opened.tensors[a].shape[0], counts)
-        except TooSlowError:
+        except TooSlowError as error:
+            if not opened.has("CF008"):
+                add(opened, policy, [Fault("CF008", f"has alpha_pattern with {error}")], ADAPTER_CONFIG)
             scaling = None
         opened.modules[name] = (a, b)
         opened.scalings[name] = scaling or 1.0
@@ -247,7 +258,8 @@ def hashed(opened: Opened, policy: Policy) -> None:
         )
     size = opened.listing.files[ADAPTER_FILE].size if ADAPTER_FILE in opened.listing.files else 0
     size = size if path.is_dir() else path.stat().st_size
-    opened.subject = Subject(opened.name, path, found, size, len(opened.tensors))
+    version = opened.source.file.version if opened.source is not None else None
+    opened.subject = Subject(opened.name, path, found, size, len(opened.tensors), version=version)
 
 
 def add(opened: Opened, policy: Policy, faults: Iterable[Fault], file: str | None = None) -> None:

@@ -16,6 +16,7 @@ from fedllm_sec.audit.intake import Opened, add
 from fedllm_sec.audit.measure import Beside, Measured, measure, pairs_in
 from fedllm_sec.audit.peers import colluders, copies, outliers, reversed_mean, scores_of, z_of
 from fedllm_sec.audit.policy import Policy
+from fedllm_sec.audit.rest import check_rest
 from fedllm_sec.audit.weights import check_products, check_values, too_long_for_base
 from fedllm_sec.terminal import reading
 from fedllm_sec.updates.adapters import open_reference
@@ -69,14 +70,14 @@ class Work:
 def compare(work: Work) -> None:
     """Read the values, and judge each adapter by itself and beside the others."""
     context, policy = work.context, work.context.policy
-    bases: dict[str, float] | None = None
+    bases: dict[str, float] = {}
     main: tuple[list[Opened], Measured, bool] | None = None
     for rows, measured in measure_groups(work):
         is_update = context.reference is not None and is_like(rows[0], context.reference)
-        if context.base is not None and bases is None:
-            bases = context.base.norms({name: name for name in measured.modules})
+        if context.base is not None:
+            bases |= context.base.norms([name for name in measured.modules if name not in bases])
         for row, opened in enumerate(rows):
-            judge_alone(work, opened, measured, row, bases or {}, is_update=is_update)
+            judge_alone(work, opened, measured, row, bases, is_update=is_update)
         wanted = is_update if context.reference is not None else main is None or len(rows) > len(main[0])
         main = (rows, measured, is_update) if wanted else main
     if main is not None:
@@ -87,6 +88,8 @@ def compare(work: Work) -> None:
             work.notes.append(
                 f"{left} of {len(work.opened)} adapters are not compared with the others: see their findings"
             )
+    if context.base is not None and context.base.weights and not bases and main is not None:
+        work.notes.append("no weight of the base has a module's name: lengths were not compared with the base's")
     if context.bank is not None and context.bank.n < policy.thresholds.least_group:
         least = policy.thresholds.least_group
         work.notes.append(f"the baseline is of {context.bank.n} adapters: no z-scores are taken of fewer than {least}")
@@ -132,7 +135,7 @@ def judge_alone(
     work: Work, opened: Opened, measured: Measured, row: int, bases: Mapping[str, float], *, is_update: bool
 ) -> None:
     """What an adapter's values say without the others."""
-    policy, source = work.context.policy, opened.source
+    policy, source, reference = work.context.policy, opened.source, work.context.reference
     assert source is not None
     file = ADAPTER_FILE if opened.subject.path.is_dir() else opened.subject.path.name
     factors = {name for pair in opened.modules.values() for name in pair}
@@ -144,6 +147,7 @@ def judge_alone(
     if opened.has("CF003"):  # the scaling of a module says why it is all of the update
         faults = [fault for fault in faults if fault.rule != "W008"]
     faults += too_long_for_base(measured, row, bases, policy.thresholds)
+    faults += check_rest(opened, reference if is_update else None, work.context.base, policy.thresholds)
     bank = work.context.bank
     if bank is not None and bank.is_update == is_update and not {"W009", "W014"} & {fault.rule for fault in faults}:
         faults += unlike_trusted(bank, measured, row, policy.thresholds)
@@ -168,6 +172,8 @@ def judge_together(work: Work, rows: list[Opened], measured: Measured, *, is_upd
     if 1 < len(keep) < thresholds.least_group:
         least = thresholds.least_group
         work.notes.append(f"{len(keep)} adapters are compared: no z-scores are taken of fewer than {least}")
+    if is_update and np.isnan(measured.agreement).all():
+        work.notes.append("signs were not compared: the memory holds too few adapters at once; raise it")
     same = copies(gram, names, thresholds)
     close = colluders(gram, names, thresholds, set(same))
     for row, opened in enumerate(kept):

@@ -7,6 +7,7 @@ from fedllm_sec.audit.folder import tokenizer_files
 from fedllm_sec.audit.header import Fault
 from fedllm_sec.audit.intake import Expected, Opened, add
 from fedllm_sec.audit.policy import Policy
+from fedllm_sec.audit.rest import same_as_base
 from fedllm_sec.audit.structure import differences, structure_of
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json
@@ -22,10 +23,14 @@ def against_base(opened: Opened, base: Base | None, policy: Policy, expected: Ex
     if base is not None and (other := base.other_tokenizer(tokenizer)):
         text = f"is not the base model's ({len(other)} of {len(tokenizer)} files differ)"
         add(opened, policy, [Fault("FS021", text, None, other[:20])], other[0])
-    elif tokenizer and not opened.has("FS020"):
+    elif tokenizer and not opened.has("FS018", "FS020"):
         first = next(iter(tokenizer))
         add(opened, policy, [Fault("FS014", "belongs to a tokenizer", None, sorted(tokenizer)[:20])], first)
     add(opened, policy, other_files(opened, base, policy), CLAIMS)
+    if base is not None and opened.has("KY001") and opened.source is not None:
+        strange = structure_of(list(opened.tensors), opened.config or {}).strange
+        if same_as_base(opened, strange, base):  # PEFT itself saves embeddings so: they are the base's own
+            opened.findings = [finding for finding in opened.findings if finding.rule.id != "KY001"]
     if base is not None and expected is None and opened.config is not None and opened.tensors:
         shapes = base.shapes(opened.config)
         if isinstance(shapes, str):
@@ -36,7 +41,7 @@ def against_base(opened: Opened, base: Base | None, policy: Policy, expected: Ex
         ours = {name: shape for name, shape in opened.shapes.items() if name not in {*found.strange, *fresh}}
         theirs = {name: shape for name, shape in shapes.items() if name not in fresh}
         faults = list(differences(ours, theirs, "the base"))
-        if opened.has("KY002", "KY004", "KY005", "KY006", "KY008", "KY010", "SH001", "SH003"):
+        if opened.has("KY002", "KY004", "KY005", "KY006", "KY008", "SH001", "SH003"):
             faults = []
         add(opened, policy, faults, ADAPTER_FILE)
 
@@ -50,6 +55,7 @@ def other_files(opened: Opened, base: Base | None, policy: Policy) -> Iterator[F
     try:
         claims = read_json(entry.path)
     except InputError:
+        yield Fault("CF009", "cannot be read, and should say on which base's files it was trained", None, None, agreed)
         return
     told = claims.get("base_sha256") if isinstance(claims, dict) else None
     if told is not None and told != agreed:

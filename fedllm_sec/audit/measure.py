@@ -131,12 +131,16 @@ class Pass:
             found[place[:, None], place] = part
             new = [k for k, i in enumerate(index) if i not in done]
             with one_thread():  # thousands of small matrices
-                self.note(column, [index[k] for k in new], spectrum(stack, inner, new, pair.scaling))
+                self.note(column, [index[k] for k in new], spectrum(stack, inner, new, self.scalings(pair, index)))
             if self.reference and len(groups) == 1:
                 self.count_signs(stack)
             done.update(index)
         self.measures["norm"][:, column] = found.diagonal().clamp(min=0).sqrt()
         return (found + found.T) / 2
+
+    def scalings(self, pair: Pair, index: Sequence[int]) -> Tensor:
+        """What the products of some adapters are multiplied by."""
+        return torch.tensor([self.adapters[i].scalings[pair.name] for i in index], dtype=torch.float64)
 
     def stacked(self, pair: Pair, sources: list[Factors]) -> tuple[Stack, tuple[Tensor, Tensor], Tensor]:
         """The factors side by side, their inner products, and those of the products; once more where factors cancel."""

@@ -1,6 +1,7 @@
 """Texts from strangers: what should not be in them, and matching them in bounded time."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -51,16 +52,37 @@ def matches(pattern: str, text: str) -> bool:
     Raises:
         TooSlowError: if it is none, is too long, or is made to take for ever.
     """
+    return matched(pattern, "", "", text)
+
+
+def matched(pattern: str, before: str, behind: str, text: str) -> bool:
+    """Whether a pattern between two pieces of one matches a text from its beginning to its end.
+
+    Raises:
+        TooSlowError: likewise.
+    """
     if len(pattern) > LONGEST:
         raise TooSlowError(f"a pattern of {len(pattern):,} characters")
     try:
-        return regex.fullmatch(pattern, text, timeout=SECONDS) is not None
+        compiled(pattern)
+        whole = compiled(before + pattern + behind)
+        found = whole.match(text, timeout=SECONDS) if behind else whole.fullmatch(text, timeout=SECONDS)
+        return found is not None
     except regex.error as error:
         raise TooSlowError(f"{pattern[:60]!r} is no regular expression ({error})") from None
     except TimeoutError:
         raise TooSlowError(f"{pattern[:60]!r} takes more than {SECONDS} s for one name") from None
 
 
+@lru_cache(maxsize=8192)
+def compiled(pattern: str) -> Any:
+    """A compiled pattern; one that is none raises regex.error."""
+    return regex.compile(pattern)
+
+
 def matching(patterns: Iterable[str], module: str) -> str | None:
-    """The first key of rank_pattern or alpha_pattern that names a module, as PEFT reads them."""
-    return next((pattern for pattern in patterns if matches(rf"(.*\.)?({pattern})", module)), None)
+    """The first key of rank_pattern or alpha_pattern that names a module, just as PEFT reads them.
+
+    PEFT puts the key between `(.*\\.)?(` and `)$`, which a key can break out of: `a)|(b`.
+    """
+    return next((pattern for pattern in patterns if matched(pattern, r"(.*\.)?(", ")$", module)), None)

@@ -125,6 +125,9 @@ def copies(gram: Array, names: tuple[str, ...], thresholds: Thresholds) -> dict[
     longest = np.maximum(lengths[:, None], lengths[None, :])
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = np.where(longest > 0, np.sqrt(squares) / longest, np.inf)
+        shortest = np.minimum(lengths[:, None], lengths[None, :])
+        turned = np.sqrt(np.clip(2 - 2 * gram / (longest * shortest), 0, None))  # of a copy at another length
+        apart = np.minimum(apart, np.where(shortest > 0, turned, np.inf))
     np.fill_diagonal(apart, np.inf)
     found = {}
     for row, distances in enumerate(apart):

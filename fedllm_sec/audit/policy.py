@@ -13,9 +13,10 @@ from pydantic import Field, StringConstraints, ValidationError, field_validator
 from fedllm_sec.audit.findings import Finding, severity_named, suppressed
 from fedllm_sec.audit.rules import RULES
 from fedllm_sec.registry import did_you_mean
-from fedllm_sec.settings import Count, Fraction, Positive, Strict
+from fedllm_sec.settings import Count, Fraction, Strict
 from fedllm_sec.updates.errors import InputError
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Level = Literal["low", "medium", "high", "critical"]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -176,8 +177,9 @@ def read_policy(path: Path | None) -> Policy:
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         return Policy.model_validate(fields)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--policy {path}: cannot be read ({str(error).splitlines()[0]})") from None
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, each['loc'])) or 'the file'}: {each['msg']}" for each in error.errors()]
         raise InputError(f"--policy {path}: " + "; ".join(lines)) from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--policy {path}: cannot be read ({told[:200]})") from None

@@ -1,5 +1,6 @@
 """The whole audit: intake, one pass over the values, and what each rule makes of it."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from fedllm_sec.audit.lineage import against_base
 from fedllm_sec.audit.policy import Policy
 from fedllm_sec.terminal import console
 from fedllm_sec.updates.adapters import client_names
+from fedllm_sec.updates.claims import refuse_repeated
 from fedllm_sec.updates.device import Budget
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.memory import peak_memory
@@ -24,6 +26,8 @@ from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE
 
 if TYPE_CHECKING:
     from fedllm_sec.audit.behaviour import Probe
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -124,8 +128,9 @@ def make_bank(
 def look_at_all(paths: Sequence[Path], names: Sequence[str] | None, context: Context) -> Work:
     """Intake: everything that can be told without reading values."""
     for path in paths:
-        if not path.exists() and not path.is_symlink():
+        if not path.is_file() and not path.is_dir() and not path.is_symlink():
             raise InputError(f"{path}: no such file or folder")
+    refuse_repeated([str(path.absolute()) for path in paths])
     called = list(names) if names is not None else client_names(paths)
     if len(called) != len(paths) or len(set(called)) != len(called):
         raise InputError(f"{len(paths)} adapters need as many different names, got {len(set(called))}")
@@ -175,13 +180,22 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         if not path.exists() and not path.is_symlink():
             raise InputError(f"{path}: no such file or folder")
+        if path.is_file() and path.suffix != ".safetensors":
+            raise InputError(f"{path}: is neither a PEFT adapter folder nor a .safetensors file")
         if path.is_file() or looks_like_adapter(path):
             found.append(path)
         else:
-            found += [each for each in sorted(path.iterdir()) if each.is_dir() and looks_like_adapter(each)]
+            inside = sorted(path.iterdir())
+            meant = [
+                each for each in inside if each.suffix == ".safetensors" or (each.is_dir() and looks_like_adapter(each))
+            ]
+            for each in inside:
+                if each not in meant:
+                    logger.warning("%s is no adapter, and was not audited", each)
+            found += meant
     return found
 
 
 def looks_like_adapter(folder: Path) -> bool:
     """Whether a folder is meant to be an adapter's, fit or not."""
-    return (folder / ADAPTER_CONFIG).exists() or any(folder.glob("adapter_model.*"))
+    return folder.is_dir() and ((folder / ADAPTER_CONFIG).exists() or any(folder.glob("adapter_model.*")))

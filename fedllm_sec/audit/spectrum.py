@@ -35,14 +35,14 @@ class Spectrum(NamedTuple):
     slack: Tensor
 
 
-def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], scaling: float) -> Spectrum:
+def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], scalings: Tensor) -> Spectrum:
     """Measure the products of some rows of a stack.
 
     Args:
         stack: the factors, side by side; all rows are of one rank.
         inner: as `Stack.inner` gives them.
         rows: which.
-        scaling: of the pair, which the stack's left factors contain.
+        scalings: of each row of the stack, which its left factors contain.
     """
     p, q = (matrix.cpu() for matrix in inner)
     rank = len(stack.owner) // (int(stack.owner.max()) + 1)
@@ -67,7 +67,7 @@ def spectrum(stack: Stack, inner: tuple[Tensor, Tensor], rows: Sequence[int], sc
         torch.where(live, shares[:, -1], nothing),
         torch.where(live, entropy.exp(), nothing),
         torch.where(live, kurtosis(stack, own, partner, anchored, roots, directions), nothing),
-        0.5 * log10(whole_b / scaling**2, whole_a),
+        0.5 * log10(whole_b / scalings[list(rows)].square(), whole_a),
         opposite(0.5 * log10(whole_a, start), 0.5 * log10(whole_b, trace(p, partner, partner))),
         torch.where(start > 0, (start + trace(q, own, partner)) / (start * whole_a).sqrt(), nothing),
         torch.where(allowed > 0, allowed / length, torch.ones_like(length)),

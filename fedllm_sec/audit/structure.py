@@ -8,7 +8,7 @@ from typing import Any
 
 from fedllm_sec.audit.header import Fault, TensorEntry
 from fedllm_sec.audit.patterns import TooSlowError, is_positive, matches, matching
-from fedllm_sec.updates.smuggling import PREFIX, WHOLE_HEADS, Kind, classify
+from fedllm_sec.updates.smuggling import PREFIX, WHOLE_HEADS, Kind, classify, is_bias_of
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "word_embeddings", "shared", "embeddings")
 
@@ -29,29 +29,35 @@ class Structure:
         modules: adapted ones, by name.
         whole: tensors of modules that are saved whole.
         strange: tensors that are no part of an adapter.
+        biases: of the whole base, which the configuration declares.
     """
 
     modules: Mapping[str, Module]
     whole: tuple[str, ...]
     strange: tuple[str, ...]
+    biases: tuple[str, ...] = ()
 
 
 def structure_of(tensors: Sequence[str], config: Mapping[str, Any]) -> Structure:
     """Sort names into modules."""
     modules: dict[str, Module] = {}
-    whole, strange = [], []
+    whole, strange, biases = [], [], {}
     for name in sorted(tensors):
         what, module = classify(name, config)
         if not name.startswith(PREFIX):
             strange.append(name)
         elif what == "whole":
             whole.append(name)
-        elif what in ("strange", "bias"):
-            if what == "strange" or config.get("bias", "none") == "none":
-                strange.append(name)
+        elif what == "strange":
+            strange.append(name)
+        elif what == "bias":
+            biases[name] = module
         else:
             modules.setdefault(module, Module(module)).tensors[what] = name
-    return Structure(modules, tuple(whole), tuple(strange))
+    bias = str(config.get("bias", "none"))
+    foreign = [name for name, module in biases.items() if not is_bias_of(module, modules, bias)]
+    declared = [name for name in biases if name not in foreign] if bias == "all" else []
+    return Structure(modules, tuple(whole), tuple(sorted([*strange, *foreign])), tuple(declared))
 
 
 def check_structure(
@@ -70,6 +76,10 @@ def check_structure(
         yield Fault("KY001", text, found.strange[0], list(found.strange[:20]))
     if found.whole and not known_whole:
         yield from whole_weights(found.whole)
+    if found.biases and not known_whole:
+        yield Fault(
+            "KY003", "replaces a bias of the base, as bias='all' declares", found.biases[0], list(found.biases[:20])
+        )
     yield from halves(found, tensors)
     yield from declared(found, config)
     yield from targeted(found, config)
@@ -145,7 +155,10 @@ def targeted(found: Structure, config: Mapping[str, Any]) -> Iterator[Fault]:
     if isinstance(targets, list) and found.modules:
         names = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in found.modules)]
         if names:
-            yield Fault("KY010", f"targets {names[0][:80]!r}, and nothing of it is in the file", None, names[:20])
+            random = config.get("init_lora_weights") in (False, "orthogonal")
+            then = ": PEFT draws factors that act" if random else ""
+            rule = "KY008" if random else "KY010"
+            yield Fault(rule, f"targets {names[0][:80]!r}, and nothing of it is in the file{then}", None, names[:20])
 
 
 def is_targeted(module: str, config: Mapping[str, Any]) -> bool:
@@ -182,9 +195,8 @@ def gaps(found: Structure, config: Mapping[str, Any]) -> Iterator[Fault]:
     for name in found.modules:
         if index := re.search(r"\.(\d+)\.", name):
             layers.setdefault(name[: index.start()] + ".*." + name[index.end() :], set()).add(int(index[1]))
-    most = max((max(there) for there in layers.values()), default=0)
     for kind, there in layers.items():
-        missing = sorted(set(range(most + 1)) - there)
+        missing = sorted(set(range(min(there), max(there) + 1)) - there)
         if missing and len(missing) < len(there):
             text = f"has {kind[:100]} in {len(there)} layers, and not in layer {missing[0]}"
             yield Fault("KY006", text, kind[:200].replace("*", str(missing[0])), missing[:20])

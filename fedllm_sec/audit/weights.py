@@ -25,7 +25,7 @@ def check_values(census: Mapping[str, Census], factors: set[str], thresholds: Th
     constant = [name for name in sorted(factors) if name in census and census[name].is_constant]
     if constant:
         yield Fault("W010", f"holds {census[constant[0]].lowest:g} everywhere", constant[0], constant[:20])
-    yield from repeated({name: each for name, each in census.items() if name not in constant})
+    yield from repeated({name: each for name, each in census.items() if name in factors and name not in constant})
     denormal = {name: each.denormal / each.count for name, each in census.items() if each.count}
     worst = max(denormal, key=lambda name: denormal[name], default=None)
     if worst is not None and denormal[worst] > thresholds.denormal:

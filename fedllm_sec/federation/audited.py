@@ -36,7 +36,7 @@ class Audited(NamedTuple):
     audit: Audit
     clients: list[Path]
     num_samples: list[float] | None
-    versions: list[tuple[int, int, int]]
+    versions: list[tuple[int, ...] | None]
 
     def check_unchanged(self) -> None:
         """Make sure that what was merged is what was audited.
@@ -103,7 +103,7 @@ def audited(
         logger.warning("left out %s", line)
     kept = [clients[i] for i in keep]
     counts = [float(num_samples[i]) for i in keep] if num_samples is not None else None
-    return Audited(result, kept, counts, [version(adapter_file(path).stat()) for path in kept])
+    return Audited(result, kept, counts, [result.subjects[i].version for i in keep])
 
 
 def card(audit: Audit, config: Mapping[str, Any], chain: Chain) -> str:

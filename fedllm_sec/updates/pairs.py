@@ -70,7 +70,7 @@ def scaling(config: Mapping[str, Any] | None, factor: str, rank: int) -> float:
     module = re.sub(r"^base_model\.model\.", "", FACTOR.split(factor)[0])
     try:
         patterns = dict(config.get("alpha_pattern") or {})
-        matching = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module))
+        matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
         alpha = float(next(matching, config.get("lora_alpha", rank)))
     except (TypeError, ValueError, re.error) as error:
         raise InputError(f"adapter_config.json: lora_alpha and alpha_pattern cannot be read ({error})") from None

@@ -5,7 +5,7 @@ base overwrites that weight without a word, survives a merge, and is gone when t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 PREFIX = "base_model.model."
@@ -14,6 +14,7 @@ WHOLE_HEADS = (  # modules that a model which classifies or scores has, and the 
 )  # fmt: skip
 Kind = Literal["A", "B", "magnitude", "lora_bias", "tokens", "whole", "bias", "strange"]
 
+INNER = ("original_module", "modules_to_save", "base_layer")  # PEFT's own names inside a model
 PARTS: tuple[tuple[Kind, str], ...] = (
     ("A", r"\.lora_A\.weight"),
     ("A", r"\.lora_embedding_A"),
@@ -39,6 +40,8 @@ def classify(name: str, config: Mapping[str, Any]) -> tuple[Kind, str]:
     if not name.startswith(PREFIX):
         return "strange", name
     module, _, last = name.removeprefix(PREFIX).rpartition(".")
+    if any(part in INNER for part in module.split(".")) and not (last == "bias" and module.endswith(".base_layer")):
+        return "strange", module
     saved = config.get("modules_to_save")
     if isinstance(saved, list) and any(isinstance(each, str) and each and is_within(module, each) for each in saved):
         return "whole", module
@@ -46,8 +49,14 @@ def classify(name: str, config: Mapping[str, Any]) -> tuple[Kind, str]:
 
 
 def is_within(module: str, saved: str) -> bool:
-    """Whether a module is one that is named in modules_to_save, or lies in it."""
-    return f".{saved}." in f".{module}."
+    """Whether a module is one that modules_to_save names, or lies in it: PEFT compares the ends of whole names."""
+    parts = module.split(".")
+    return any(".".join(parts[:length]).endswith(saved) for length in range(1, len(parts) + 1))
+
+
+def is_bias_of(module: str, adapted: Collection[str], bias: str) -> bool:
+    """Whether a bias is one that the adapter may train: with `lora_only` it must be an adapted module's."""
+    return bias == "all" or module.removesuffix(".base_layer") in adapted
 
 
 def smuggled(names: Iterable[str], config: Mapping[str, Any] | None) -> list[str]:
@@ -64,4 +73,11 @@ def smuggled(names: Iterable[str], config: Mapping[str, Any] | None) -> list[str
     declared = (config or {}).get("modules_to_save")
     saved = [*WHOLE_HEADS, *(declared if isinstance(declared, list) else [])]
     known = {**(config or {}), "modules_to_save": saved}
-    return [name for name in every if classify(name, known)[0] == "strange"]
+    kinds = {name: classify(name, known) for name in every}
+    adapted = {module for kind, module in kinds.values() if kind in ("A", "B")}
+    bias = str(known.get("bias", "none"))
+    return [
+        name
+        for name, (kind, module) in kinds.items()
+        if kind == "strange" or (kind == "bias" and not is_bias_of(module, adapted, bias))
+    ]

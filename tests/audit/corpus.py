@@ -163,6 +163,11 @@ def cancelling(tensors):
     tensors[A][2:] = 0
 
 
+def original(tensors):
+    for inner in ("", "original_module."):
+        add(f"base_model.model.score.{inner}weight", 2, 9)(tensors)
+
+
 def denormal(tensors):
     tensors[B][:, :2] = 1e-40
 
@@ -178,6 +183,8 @@ def coarse(tensors):
 
 PICKLE, EVIL = pickle.dumps({"a": 1}), pickle.dumps(Evil())
 INSIDE = "base_model.model.gpt_neox"
+BACKSLASH = chr(92)
+ESCAPED = '{"chat_template": "{{ [].__class__ }}"}'.replace("__", 2 * (BACKSLASH + "u005f"))
 
 # name: (rule, damage); each is told by one finding, of an adapter by itself
 ALONE = {
@@ -242,7 +249,7 @@ ALONE = {
     "bias of the base": ("KY001", with_tensors(add(f"{INSIDE}.layers.0.attention.dense.bias", WIDTH))),
     "no prefix": ("KY001", with_tensors(add("gpt_neox.layers.0.attention.dense.lora_A.weight", RANK, WIDTH))),
     "head by a short name": (
-        "KY001",
+        "KY003",
         with_tensors(add("base_model.model.embed_out.weight", 9, 9), modules_to_save=["ut"]),
     ),
     "adapter's name": ("KY001", with_tensors(add(A.replace("lora_A", "lora_A.default"), RANK, WIDTH))),
@@ -274,6 +281,7 @@ ALONE = {
     "megatron": ("CF001", with_config(megatron_core="evil.core")),
     "auto_map": ("CF001", with_config(auto_map={"AutoModel": "modeling.X"})),
     "alpha": ("CF003", with_config(lora_alpha=1_000_000)),
+    "alpha by alternatives": ("CF003", with_config(alpha_pattern={"(layers.1|layers.2).attention.dense": 1e5})),
     "alpha by pattern": ("CF003", with_config(alpha_pattern={"layers.1.attention.dense": 1e5})),
     "PiSSA": ("CF004", with_config(init_lora_weights="pissa")),
     "PiSSA, fast": ("CF004", with_config(init_lora_weights="pissa_niter_4")),
@@ -292,6 +300,27 @@ ALONE = {
     "no pattern": ("CF008", with_config(alpha_pattern={"(": 8})),
     "switch as text": ("CF008", with_config(use_rslora="yes")),
     "another kind": ("CF010", with_config(peft_type="IA3")),
+    "a model of its own": ("CF010", with_config(auto_mapping={"parent_library": "__main__"})),
+    "KaSA": ("CF004", with_config(kasa_config={})),
+    "random factors": ("CF004", with_config(init_lora_weights=False)),
+    "random targets": (
+        "KY008",
+        with_config(init_lora_weights="orthogonal", target_modules=["query_key_value", "dense", "mlp"]),
+    ),
+    "MonteCLoRA": ("CF011", with_config(monteclora_config={"x": 1})),
+    "escaping pattern": ("CF008", with_config(alpha_pattern={"layers.1)|(zzz": 1e6})),
+    "tokens of none": ("CF008", with_config(trainable_token_indices=[])),
+    "patterns without end": ("CF008", with_config(alpha_pattern={f"z{i}": 8 for i in range(9000)})),
+    "original module": ("KY001", with_tensors(original, modules_to_save=["score"])),
+    "foreign bias": ("KY001", with_tensors(add(f"{INSIDE}.final_layer_norm.bias", WIDTH), bias="lora_only")),
+    "all biases": ("KY003", with_tensors(add(f"{INSIDE}.final_layer_norm.bias", WIDTH), bias="all")),
+    "licence that is a pickle": ("FS007", with_file("LICENSE.pt", EVIL)),
+    "pickle in a licence's folder": ("FS007", with_file("LICENSE.d/adapter_model.bin", EVIL)),
+    "escaped template": (
+        "FS020",
+        with_file("tokenizer_config.json", ESCAPED),
+    ),
+    "template without end": ("FS018", with_file("chat_template.json", '"' + " " * 2**22 + '"')),
     "one direction": ("W002", with_tensors(rank_one)),
     "spike": ("W003", with_tensors(spike)),
     "out of balance": ("W004", with_tensors(lambda t: (scaled(1e7, "lora_B")(t), scaled(1e-7, "lora_A")(t)))),

@@ -213,3 +213,66 @@ def test_the_command_asks_and_says_what_it_needs(tmp_path, base, backdoored):
     assert done.exit_code == 1
     with pytest.raises(InputError, match="--base"):
         CliRunner().invoke(app, [*command, *asking], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("how", ["base", "global"])
+def test_what_is_no_factor_is_measured_too(tmp_path, base, how):
+    """Whole heads, biases and DoRA's magnitudes: beside the base, or beside the global adapter."""
+
+    def changed(name, part, factor, **lora):
+        start = tmp_path / f"{name}_start"
+        adapted(base, 4, QV, **lora).save_pretrained(start)
+        folder = saved(
+            tmp_path / name, base, lambda t: t.update({k: v * factor for k, v in t.items() if part in k}), **lora
+        )
+        given = {"base": base} if how == "base" else {"reference": start}
+        fine = audit_adapters([start], **({"base": base} if how == "base" else {}), policy=TINY_ONE)
+        assert "W005" not in told(fine)
+        return [f.tensor for f in audit_adapters([folder], policy=TINY_ONE, **given).findings if f.rule.id == "W005"]
+
+    assert "lm_head.weight" in changed("head", "lm_head", 50.0, saved=["lm_head"])[0]
+    assert "magnitude" in changed("dora", "magnitude", -100.0, use_dora=True)[0]
+
+
+TINY_ONE = Policy.model_validate({"thresholds": {"of_base": 3.0}})
+
+
+def test_one_adapter_does_not_change_what_is_said_of_another(tmp_path, base):
+    adapted(base, 4, QV).save_pretrained(tmp_path / "good")
+    evil = saved(tmp_path / "evil", base, lambda t: None, seed=1)
+    config = json.loads((evil / "adapter_config.json").read_text())
+    (evil / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8_000_000}))
+    audit = audit_adapters([evil, tmp_path / "good"])
+    assert {f.adapter for f in audit.findings} == {"evil"}
+    adapted(base, 4, ["o_proj"]).save_pretrained(tmp_path / "other")
+    tensors = load_file(tmp_path / "other/adapter_model.safetensors")
+    save_file({k: v * 100 for k, v in tensors.items()}, tmp_path / "other/adapter_model.safetensors")
+    audit = audit_adapters([tmp_path / "good", tmp_path / "other"], base=base)
+    assert [(f.adapter, f.rule.id) for f in audit.findings] == [("other", "W005")]
+
+
+def test_the_bases_own_embeddings_are_no_smuggled_ones(tmp_path, base):
+    """PEFT saves them where embeddings are a target."""
+    adapted(base, 4, ["q_proj", "embed_tokens"]).save_pretrained(tmp_path / "adapter")
+    assert told(audit_adapters([tmp_path / "adapter"])) == ["KY001"]
+    assert told(audit_adapters([tmp_path / "adapter"], base=base)) == []
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    (name,) = [each for each in tensors if each.endswith("embed_tokens.base_layer.weight")]
+    tensors[name][5] += 0.1
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    assert "KY001" in told(audit_adapters([tmp_path / "adapter"], base=base))
+
+
+def test_a_base_that_cannot_be_built_is_not_the_adapters_fault(tmp_path, base):
+    folder = saved(tmp_path / "adapter", base, lambda t: None)
+    for config in ({"model_type": "nope"}, {"model_type": 5}, {"model_type": "llama", "hidden_size": -3}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match="--base"):
+            audit_adapters([folder], base=tmp_path / "config.json")
+
+
+def test_a_pattern_that_takes_for_ever_takes_no_time(tmp_path, base):
+    folder = saved(tmp_path / "adapter", base, lambda t: None)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": r"(\w+\.?)+!"}))
+    assert audit_adapters([folder], base=base).exit_code == 1
