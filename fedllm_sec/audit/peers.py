@@ -156,12 +156,12 @@ def colluders(gram: Array, names: tuple[str, ...], thresholds: Thresholds, but: 
     z += z.T
     found = {}
     for i, row in enumerate(rows):
-        close = np.flatnonzero(z[i] > thresholds.z)
+        close = np.flatnonzero(z[i] > thresholds.pair_z)
         if 0 < len(close) < len(rows) / 2:
             best = int(z[i].argmax())
             who = named(names, np.array([rows[j] for j in close]))
             text = f"has the cosine {unit[i, best]:.2f} with {who}: robust z-score {z[i, best]:.1f} among all pairs"
-            found[row] = Fault("P004", text, None, float(z[i, best]), thresholds.z)
+            found[row] = Fault("P004", text, None, float(z[i, best]), thresholds.pair_z)
     return found
 
 

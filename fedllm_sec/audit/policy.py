@@ -27,6 +27,7 @@ class Thresholds(Strict):
 
     Attributes:
         z: robust z-scores of a group or a bank past this are outliers.
+        pair_z: likewise of the cosines of pairs, of which there are many more.
         least_group: of fewer adapters no z-score is taken.
         scaling: the largest alpha / r (or alpha / sqrt(r)).
         norm: the longest update, in the units of the weights; None: no limit of its own.
@@ -36,7 +37,7 @@ class Thresholds(Strict):
         few_layers: the largest share of the squared norm in one module, of eight modules up.
         gauge: the largest factor between the norms of B and A, either way.
         slack: how far factors may move for what their product moves.
-        copy: two updates are copies where they differ by less than this part of their length.
+        copy_distance: two updates are copies where they differ by less than this part of their length.
         minus: the cosine with the others' mean below which an update is that mean reversed.
         denormal: the largest share of values that are denormal.
         header_bytes: of a safetensors file.
@@ -47,7 +48,8 @@ class Thresholds(Strict):
         revealed: tokens that an update may tell before it is worth a line.
     """
 
-    z: Positive = 6.0
+    z: Positive = 5.0
+    pair_z: Positive = 7.0
     least_group: Annotated[int, Field(ge=4)] = 8
     scaling: Positive = 32.0
     norm: Positive | None = None
