@@ -21,6 +21,7 @@ from fedllm_sec.updates.errors import NotFiniteError
 from fedllm_sec.updates.factors import AdapterFactors, Anchor
 from fedllm_sec.updates.layout import Layout, Pair
 from fedllm_sec.updates.linalg import one_thread
+from fedllm_sec.updates.memory import give_back
 from fedllm_sec.updates.products import Balanced, Factors, Products, Room, Stack
 from fedllm_sec.updates.rows import from_sources
 from fedllm_sec.updates.sources import SafetensorsFile
@@ -120,6 +121,7 @@ class Pass:
             if column + 1 < len(self.pairs):
                 products.advise(self.pairs[column + 1])
             self.gram += self.of_pair(column, pair, products.groups(pair, self.budget))
+            give_back()
 
     def of_pair(self, column: int, pair: Pair, groups: Sequence[Sequence[int]]) -> Tensor:
         """(n, n) inner products of one module's updates; groups of adapters meet two by two where memory is short."""
@@ -168,13 +170,16 @@ class Pass:
 
     def count_signs(self, stack: Stack) -> None:
         """In how many coordinates of the factors each adapter moved as the majority of the others did."""
-        n, own = len(self.adapters), len(stack.owner)
-        for signs in (stack.left[:, :own].sign().T, stack.right[:own].sign()):
-            signs = signs.reshape(n, -1).to(torch.int16)
-            agreeing = signs * (signs.sum(dim=0, dtype=torch.int16) - signs).sign_()  # 1, -1, or 0 where one has none
-            counted = agreeing.count_nonzero(dim=1)
-            self.agreeing[0] += (agreeing.sum(dim=1) + counted) / 2
-            self.agreeing[1] += counted
+        rank = len(stack.owner) // len(self.adapters)
+        for factor in (stack.left.T, stack.right):
+            rows = [factor[k * rank : (k + 1) * rank] for k in range(len(self.adapters))]
+            signs = torch.stack([row.sign().to(torch.int8) for row in rows])  # a byte each: the factors take eight
+            total = signs.sum(dim=0, dtype=torch.int16)
+            for k, row in enumerate(signs):
+                agreeing = (total - row).sign_() * row  # 1, -1, or 0 where one has none
+                counted = int(agreeing.count_nonzero())
+                self.agreeing[0, k] += (int(agreeing.sum(dtype=torch.int64)) + counted) / 2
+                self.agreeing[1, k] += counted
 
 
 def measure(
