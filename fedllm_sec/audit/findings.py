@@ -91,7 +91,6 @@ class Subject:
         sha256: of each of its regular files that was read, by name within the folder.
         size: bytes of its weights; 0 where they could not be opened.
         tensors: how many.
-        version: of its weights' file, when it was opened; None where it was not.
         compared: whether it was laid beside the others: what is malformed is not.
     """
 
@@ -101,7 +100,6 @@ class Subject:
     size: int = 0
     tensors: int = 0
     compared: bool = False
-    version: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -258,8 +258,7 @@ def hashed(opened: Opened, policy: Policy) -> None:
         )
     size = opened.listing.files[ADAPTER_FILE].size if ADAPTER_FILE in opened.listing.files else 0
     size = size if path.is_dir() else path.stat().st_size
-    version = opened.source.file.version if opened.source is not None else None
-    opened.subject = Subject(opened.name, path, found, size, len(opened.tensors), version=version)
+    opened.subject = Subject(opened.name, path, found, size, len(opened.tensors))
 
 
 def add(opened: Opened, policy: Policy, faults: Iterable[Fault], file: str | None = None) -> None:

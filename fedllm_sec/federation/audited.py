@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedllm_sec.audit import Audit, Policy, audit_adapters
+from fedllm_sec.audit.folder import digest
 from fedllm_sec.audit.output.as_json import audit_json
 from fedllm_sec.audit.output.markdown import card_section
 from fedllm_sec.updates.adapters import adapter_config
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import write_json, write_text
-from fedllm_sec.updates.sources import adapter_file, version
+from fedllm_sec.updates.sources import adapter_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ class Audited(NamedTuple):
         audit: of all.
         clients: those that are fit, in the order given.
         num_samples: of them; None where none were given.
-        versions: of their files when they were audited.
+        sha256: of their weights, as audited.
     """
 
     audit: Audit
     clients: list[Path]
     num_samples: list[float] | None
-    versions: list[tuple[int, ...] | None]
+    sha256: list[str]
 
     def check_unchanged(self) -> None:
         """Make sure that what was merged is what was audited.
@@ -44,8 +45,8 @@ class Audited(NamedTuple):
         Raises:
             InputError: if a file has changed since.
         """
-        for client, before in zip(self.clients, self.versions, strict=True):
-            if version(adapter_file(client).stat()) != before:
+        for client, before in zip(self.clients, self.sha256, strict=True):
+            if digest(adapter_file(client)) != before:
                 raise InputError(f"{client}: was changed after it had been audited; start again")
 
     def summary(self) -> dict[str, Any]:
@@ -103,7 +104,7 @@ def audited(
         logger.warning("left out %s", line)
     kept = [clients[i] for i in keep]
     counts = [float(num_samples[i]) for i in keep] if num_samples is not None else None
-    return Audited(result, kept, counts, [result.subjects[i].version for i in keep])
+    return Audited(result, kept, counts, [result.subjects[i].sha256[adapter_file(clients[i]).name] for i in keep])
 
 
 def card(audit: Audit, config: Mapping[str, Any], chain: Chain) -> str:

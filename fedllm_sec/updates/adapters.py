@@ -66,7 +66,7 @@ def refuse_smuggled(source: SafetensorsFile, config: dict[str, Any] | None) -> N
 
 
 @lru_cache(maxsize=4)
-def whole_file(path: Path, stamp: tuple[int, ...]) -> SafetensorsFile:
+def whole_file(path: Path, stamp: tuple[int, int, int]) -> SafetensorsFile:
     """A file of many rows, whose header is read once for all of them as long as the file is the same."""
     return SafetensorsFile(path)
 

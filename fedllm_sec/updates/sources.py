@@ -105,9 +105,9 @@ class SafetensorsFile:
         return out
 
 
-def version(stat: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file does; its times can be set back, but not that of the last change to them."""
-    return stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+def version(stat: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file does; not the time of its status, which changes when somebody links to it."""
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Row(NamedTuple):
