@@ -1,6 +1,6 @@
 """What an audit of many adapters costs: time beside reading their bytes, passes, and memory of a fresh process.
 
-python scripts/bench_audit.py [--adapters 70] [--rank 16] [--folder /tmp/bench_audit]
+python scripts/bench_audit.py [--adapters 70] [--rank 16] [--folder FOLDER]
 
 The adapters are LoRA on all four linear maps of the 16 layers of Pythia-1B (33.6 MB each in float32 at rank 16), with
 random values around a global one. They are made first and left in the folder.
@@ -10,6 +10,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ MAPS = {
     "mlp.dense_4h_to_h": (4 * WIDTH, WIDTH),
 }
 CHUNK = 2**24  # bytes
+PLACE = Path(tempfile.gettempdir()) / "bench_audit"
 AUDIT = """
 import json, sys
 from pathlib import Path
@@ -40,7 +42,7 @@ print(json.dumps({**audit.cost, "findings": len(audit.findings), "adapters": len
 def main(
     adapters: Annotated[int, typer.Option(help="How many.")] = 70,
     rank: Annotated[int, typer.Option(help="Of LoRA.")] = 16,
-    folder: Annotated[Path, typer.Option(help="Where they are made.")] = Path("/tmp/bench_audit"),
+    folder: Annotated[Path, typer.Option(help="Where they are made.")] = PLACE,
     memory: Annotated[str, typer.Option(help="As of `fedllm-sec audit`.")] = "512MiB",
     repeats: Annotated[int, typer.Option(help="Of each measurement; the median counts.")] = 3,
 ) -> None:

@@ -1,7 +1,6 @@
 """The base model, as far as an audit needs it: what an adapter of it must look like, and how large its weights are."""
 
 import contextlib
-import hashlib
 import io
 import logging
 import re
@@ -12,11 +11,11 @@ from typing import Any
 
 import torch
 
-from fedllm_sec.audit.folder import Entry, digest
-from fedllm_sec.audit.patterns import matches, matching
+from fedllm_sec.audit.folder import Entry
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.files import read_json
+from fedllm_sec.updates.files import read_json, sha256, sha256_of_all
 from fedllm_sec.updates.layout import Span
+from fedllm_sec.updates.patterns import matches, matching
 from fedllm_sec.updates.sources import SafetensorsFile
 
 PIECE = 2**22  # values of a tensor that are read at once
@@ -73,11 +72,11 @@ class Base:
 
         The model is built without memory (on the meta device), from classes of transformers alone.
         """
-        told = {name: config[name] for name in COPIED if config.get(name) is not None}
+        told = told_of(config)
         key = repr(sorted(told.items(), key=lambda item: item[0])) + str(config.get("task_type"))
         if key not in self.known:
             try:
-                self.known[key] = self.built(told, config)
+                self.known[key] = self.built(config)
             except Exception as error:  # a stranger's configuration, in PEFT's and transformers' hands
                 lines = str(error).splitlines() or [type(error).__name__]
                 self.known[key] = f"the base takes no such adapter ({lines[0][:160]})"
@@ -98,13 +97,13 @@ class Base:
                 return getattr(transformers, AUTO[task]).from_config(known)
             return models[0](known) if models else transformers.AutoModel.from_config(known)
 
-    def built(self, told: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-        """As `shapes`, from the fields that count; a stranger's patterns are matched here, in bounded time."""
+    def built(self, config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+        """As `shapes`."""
         from peft import LoraConfig, get_peft_model
         from peft.utils import get_peft_model_state_dict
 
         model, task = self.skeleton(config), config.get("task_type")
-        fields = {**told, **plain_names(told, [name for name, _ in model.named_modules()])}
+        fields = fields_for(model, config)
         with torch.device("meta"), silent():
             task_type = task if task in AUTO and task != "FEATURE_EXTRACTION" else None
             adapted = get_peft_model(model, LoraConfig(**fields, task_type=task_type, init_lora_weights=False))
@@ -130,20 +129,14 @@ class Base:
 
     def sha256(self) -> str | None:
         """Of names and bytes of its safetensors, as `SubmitUpdate` writes it; None where there are none."""
-        if not self.weights:
-            return None
-        total = hashlib.sha256()
-        for path in sorted(self.folder.glob("*.safetensors")):
-            total.update(f"{path.name} ".encode())
-            total.update(bytes.fromhex(digest(path)))
-        return total.hexdigest()
+        return sha256_of_all(self.folder.glob("*.safetensors"))
 
     def other_tokenizer(self, files: Mapping[str, Entry]) -> list[str]:
         """The files of an adapter's tokenizer that differ from the base's of the same name."""
         return [
             name
             for name, entry in files.items()
-            if (self.folder / name).is_file() and digest(self.folder / name) != digest(entry.path)
+            if (self.folder / name).is_file() and sha256(self.folder / name) != sha256(entry.path)
         ]
 
 
@@ -157,6 +150,21 @@ def spans_of(file: SafetensorsFile, name: str) -> Iterator[Span]:
     size = file.layout.sizes[name]
     for start in range(0, size, PIECE):
         yield Span(name, start, min(start + PIECE, size))
+
+
+def told_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a configuration says which modules are adapted, and nothing that acts on loading."""
+    return {name: config[name] for name in COPIED if config.get(name) is not None}
+
+
+def fields_for(model: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What PEFT is given to adapt a model: a stranger's patterns are matched here, in bounded time, and not by PEFT.
+
+    Raises:
+        TooSlowError: if one cannot be matched.
+    """
+    told = told_of(config)
+    return {**told, **plain_names(told, [name for name, _ in model.named_modules()])}
 
 
 def plain_names(told: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

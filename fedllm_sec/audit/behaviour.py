@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedllm_sec.audit.base import AUTO, COPIED, silent
+from fedllm_sec.audit.base import AUTO, fields_for, silent, told_of
 from fedllm_sec.audit.header import Fault
 from fedllm_sec.audit.intake import add
 from fedllm_sec.audit.judging import ALONE, Work
@@ -143,7 +143,7 @@ class Asked:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
                 kind = getattr(transformers, AUTO[task])
                 model = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **labels)
-                lora = LoraConfig(**told_of(config), task_type=task, init_lora_weights=True)
+                lora = LoraConfig(**fields_for(model, config), task_type=task, init_lora_weights=True)
                 adapted = get_peft_model(model, lora).eval()
         except Exception as error:  # whatever transformers and PEFT say of a stranger's configuration
             raise InputError(f"the base does not take it ({str(error).splitlines()[0][:160]})") from None
@@ -210,11 +210,6 @@ class Asked:
                 total -= float(logp.gather(1, ids[0, 1:, None]).sum())
                 count += ids.shape[1] - 1
         return total / max(count, 1)
-
-
-def told_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a configuration says which modules are adapted, and nothing that acts on loading."""
-    return {name: config[name] for name in COPIED if config.get(name) is not None}
 
 
 def classes_of(reference: Path) -> int:

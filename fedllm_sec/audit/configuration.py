@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedllm_sec.audit.header import Fault, unique
-from fedllm_sec.audit.patterns import TooSlowError, is_positive, matches
+from fedllm_sec.audit.patterns import is_positive
 from fedllm_sec.audit.policy import Policy
 from fedllm_sec.updates.adapters import LARGEST_CONFIG
+from fedllm_sec.updates.layout import and_more
+from fedllm_sec.updates.patterns import TooSlowError, matches
 
 PEFT = "0.21"  # whose fields these are; importing it takes seconds
 FIELDS = {
@@ -211,7 +213,7 @@ def other_configuration(config: Mapping[str, Any], expected: Mapping[str, Any]) 
     if differs:
         first = differs[0]
         told = f"{first[:60]} is {str(config.get(first))[:60]}, expected {str(expected.get(first))[:60]}"
-        yield Fault("CF007", f"differs from the global adapter's: {told}{more(differs)}", None, differs[:20])
+        yield Fault("CF007", f"differs from the global adapter's: {told}{and_more(differs)}", None, differs[:20])
 
 
 def plain(field: str, value: Any) -> Any:
@@ -225,9 +227,4 @@ def plain(field: str, value: Any) -> Any:
 
 def shown(names: list[str]) -> str:
     """A few of them."""
-    return ", ".join(repr(name[:40]) for name in names[:4]) + more(names[3:])
-
-
-def more(names: list[str]) -> str:
-    """' (and 3 more)' for a list of four."""
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return ", ".join(repr(name[:40]) for name in names[:4]) + and_more(names[3:])

@@ -1,7 +1,6 @@
 """What lies in an adapter's folder: nothing is followed, loaded or run."""
 
 import fnmatch
-import hashlib
 import json
 import os
 import stat
@@ -177,9 +176,3 @@ def texts_in(text: str, name: str) -> Iterator[str]:
 def tokenizer_files(listing: Listing) -> dict[str, Entry]:
     """The files of a tokenizer among them."""
     return {name: entry for name, entry in listing.files.items() if allowed(name.rpartition("/")[2], TOKENIZER)}
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

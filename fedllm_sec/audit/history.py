@@ -16,7 +16,7 @@ GLOBALS = ("global", "received")  # what a round's folder may call the adapter t
 
 
 def turns(
-    history: Path, current: Mapping[str, Path], reference: Path | None, memory: str
+    history: Path, current: Mapping[str, Path], reference: Path | None, memory: str | int
 ) -> tuple[NDArray[np.float64], list[str]]:
     """The cosine of each client's update with the mean of its last ones; NaN where it has none.
 
@@ -52,7 +52,7 @@ def turns(
     return found, notes
 
 
-def turn(path: Path, reference: Path | None, earlier: Sequence[tuple[Path, Path | None]], memory: str) -> float:
+def turn(path: Path, reference: Path | None, earlier: Sequence[tuple[Path, Path | None]], memory: str | int) -> float:
     """The cosine of an update with the mean direction of earlier ones, in the space of products."""
     now = open_updates([path], reference=reference, space="product", memory=memory)
     for before, start in earlier:

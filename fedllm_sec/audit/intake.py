@@ -1,6 +1,5 @@
 """One adapter, looked at before any of its values are: its folder, its header, its configuration, its keys."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -18,18 +17,16 @@ from fedllm_sec.audit.configuration import (
     sane,
 )
 from fedllm_sec.audit.findings import Finding, Subject
-from fedllm_sec.audit.folder import Listing, digest, look
-from fedllm_sec.audit.header import Fault, Header, TensorEntry, read_header
-from fedllm_sec.audit.patterns import TooSlowError
+from fedllm_sec.audit.folder import Listing, look
+from fedllm_sec.audit.header import Fault, TensorEntry, read_header
 from fedllm_sec.audit.policy import Policy
-from fedllm_sec.audit.structure import check_structure, differences, scaling_of, structure_of
+from fedllm_sec.audit.structure import Structure, check_structure, differences, structure_of
 from fedllm_sec.updates.adapters import adapter_config
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import sha256
+from fedllm_sec.updates.pairs import scaling
 from fedllm_sec.updates.smuggling import PREFIX
 from fedllm_sec.updates.sources import ADAPTER_CONFIG, ADAPTER_FILE, SafetensorsFile
-
-UNREADABLE = {"CF008", "CF010", "FS015"}  # with these a configuration does not say what its tensors are
-MISFITS = {"SH001", "SH003", "KY002"}  # with these a module is no product
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,7 @@ class Opened:
         scalings: of each module's product.
         modules: the names of A and B by module, of those that are products.
         listing: of its folder.
+        structure: what its tensors are, of a LoRA adapter.
     """
 
     subject: Subject
@@ -72,6 +70,7 @@ class Opened:
     scalings: dict[str, float] = field(default_factory=dict)
     modules: dict[str, tuple[str, str]] = field(default_factory=dict)
     listing: Listing = field(default_factory=Listing)
+    structure: Structure = field(default_factory=Structure)
 
     @property
     def name(self) -> str:
@@ -165,7 +164,7 @@ def look_at_weights(opened: Opened, file: Path, policy: Policy, expected: Expect
         return
     if opened.config is None or kind(opened.config) == "LORA":
         look_at_keys(opened, file.name, policy, expected)
-    read_values(opened, file, policy, header)
+    read_values(opened, file, policy)
 
 
 def look_at_keys(opened: Opened, file: str, policy: Policy, expected: Expected | None) -> None:
@@ -175,15 +174,16 @@ def look_at_keys(opened: Opened, file: str, policy: Policy, expected: Expected |
     undeclared = opened.config is None and (expected is None or expected.config is None)
     if undeclared:
         known = {**known, "use_dora": True, "lora_bias": True}  # nobody says that they are not: only keys are judged
+    opened.structure = structure_of(list(opened.tensors), known)
     faults = [
         fault
-        for fault in check_structure(opened.tensors, known, known_whole=expected is not None)
+        for fault in check_structure(opened.structure, opened.tensors, known, known_whole=expected is not None)
         if not (undeclared and fault.rule in ("KY008", "KY005"))
     ]
     add(opened, policy, faults, file)
-    set_scalings(opened, known, policy, expected)
+    set_scalings(opened, policy, expected)
     if expected is not None:
-        strange = set(structure_of(list(opened.tensors), known).strange)
+        strange = set(opened.structure.strange)
         ours = {name: shape for name, shape in opened.shapes.items() if name not in strange}
         found = list(differences(ours, expected.shapes, expected.whose))
         told = {"SH002": ("SH001", "SH003", "CF007"), "KY006": ("KY002", "KY006"), "KY007": ("KY002", "KY004", "KY005")}
@@ -210,29 +210,28 @@ def other_types(tensors: Mapping[str, TensorEntry], expected: Expected) -> Itera
         yield Fault("SH004", f"is {ours}, and {expected.whose}'s is {theirs}", differs[0], ours, theirs)
 
 
-def set_scalings(opened: Opened, config: Mapping[str, Any], policy: Policy, expected: Expected | None) -> None:
+def set_scalings(opened: Opened, policy: Policy, expected: Expected | None) -> None:
     """What each module's product is multiplied by: a server's configuration counts where there is one."""
     counts = expected.config if expected is not None and expected.config is not None else opened.config
-    for name, module in structure_of(list(opened.tensors), config).modules.items():
+    for name, module in opened.structure.modules.items():
         a, b = module.tensors.get("A"), module.tensors.get("B")
         if a is None or b is None or min(len(opened.tensors[x].shape) for x in (a, b)) < 2:
             continue
         if not all(opened.tensors[a].shape) or not all(opened.tensors[b].shape):
             continue
-        try:
-            scaling = 1.0 if counts is None else scaling_of(name, opened.tensors[a].shape[0], counts)
-        except TooSlowError as error:
-            if not opened.has("CF008"):
-                add(opened, policy, [Fault("CF008", f"has alpha_pattern with {error}")], ADAPTER_CONFIG)
-            scaling = None
         opened.modules[name] = (a, b)
-        opened.scalings[name] = scaling or 1.0
+        try:
+            opened.scalings[name] = scaling(counts, a, opened.tensors[a].shape[0])
+        except InputError as error:
+            if not opened.has("CF008"):
+                add(opened, policy, [Fault("CF008", str(error))])
+            opened.scalings[name] = 1.0
     if opened.config is not None and (expected is None or expected.config is None):
         add(opened, policy, check_scaling(opened.config, opened.scalings, policy), ADAPTER_CONFIG)
 
 
-def read_values(opened: Opened, file: Path, policy: Policy, header: Header) -> None:
-    """Open the values, to be read later, and hash the file."""
+def read_values(opened: Opened, file: Path, policy: Policy) -> None:
+    """Open the values, to be read later."""
     try:
         opened.source = Watched(SafetensorsFile(file))
     except InputError as error:
@@ -243,10 +242,10 @@ def hashed(opened: Opened, policy: Policy) -> None:
     """Hash the files that were read, and compare them with what the policy knows."""
     path = opened.subject.path
     files = [opened.listing.files[name].path for name in (ADAPTER_FILE, ADAPTER_CONFIG) if name in opened.listing.files]
-    found = {file.name: digest(file) for file in (files if path.is_dir() else [path])}
-    for name, sha256 in found.items():
-        if sha256 in policy.known_bad:
-            add(opened, policy, [Fault("L001", "is on the list of known bad files", None, sha256)], name)
+    found = {file.name: sha256(file) for file in (files if path.is_dir() else [path])}
+    for name, value in found.items():
+        if value in policy.known_bad:
+            add(opened, policy, [Fault("L001", "is on the list of known bad files", None, value)], name)
     agreed = policy.manifest.get(opened.name)
     weights = found.get(ADAPTER_FILE if path.is_dir() else path.name)
     if agreed is not None and weights != agreed:
@@ -279,8 +278,3 @@ def add(opened: Opened, policy: Policy, faults: Iterable[Fault], file: str | Non
                 places=max(len(same), len(first.measured) if isinstance(first.measured, list) and first.tensor else 1),
             )
         )
-
-
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key by which layer 10 comes after layer 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

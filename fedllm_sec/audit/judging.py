@@ -33,7 +33,8 @@ class Context(NamedTuple):
 
     Attributes:
         policy: thresholds and expectations.
-        reference: the global adapter; None: adapters are taken as they are.
+        reference: the global adapter's folder or file; None: adapters are taken as they are.
+        start: its values, all of them numbers.
         base: the base model.
         bank: of trusted adapters.
         history: a folder of earlier rounds.
@@ -42,6 +43,7 @@ class Context(NamedTuple):
 
     policy: Policy
     reference: Path | None
+    start: SafetensorsFile | None
     base: Base | None
     bank: Bank | None
     history: Path | None
@@ -57,14 +59,12 @@ class Work:
         opened: the adapters.
         notes: what is not looked at, and why.
         statistics: of those that can be compared.
-        passes: over the values of the largest group.
     """
 
     context: Context
     opened: list[Opened]
     notes: list[str] = field(default_factory=list)
     statistics: Statistics | None = None
-    measured: list[tuple[list[Opened], Measured]] = field(default_factory=list)
 
 
 def compare(work: Work) -> None:
@@ -73,12 +73,12 @@ def compare(work: Work) -> None:
     bases: dict[str, float] = {}
     main: tuple[list[Opened], Measured, bool] | None = None
     for rows, measured in measure_groups(work):
-        is_update = context.reference is not None and is_like(rows[0], context.reference)
+        is_update = is_like(rows[0], context.start)
         if context.base is not None:
             bases |= context.base.norms([name for name in measured.modules if name not in bases])
         for row, opened in enumerate(rows):
             judge_alone(work, opened, measured, row, bases, is_update=is_update)
-        wanted = is_update if context.reference is not None else main is None or len(rows) > len(main[0])
+        wanted = is_update if context.start is not None else main is None or len(rows) > len(main[0])
         main = (rows, measured, is_update) if wanted else main
     if main is not None:
         rows, measured, is_update = main
@@ -90,6 +90,8 @@ def compare(work: Work) -> None:
             )
     if context.base is not None and context.base.weights and not bases and main is not None:
         work.notes.append("no weight of the base has a module's name: lengths were not compared with the base's")
+    if context.bank is not None and context.bank.is_update != (context.start is not None):
+        work.notes.append("the baseline is not compared: one of both is with --global, the other without")
     if context.bank is not None and context.bank.n < policy.thresholds.least_group:
         least = policy.thresholds.least_group
         work.notes.append(f"the baseline is of {context.bank.n} adapters: no z-scores are taken of fewer than {least}")
@@ -103,27 +105,27 @@ def measure_groups(work: Work) -> list[tuple[list[Opened], Measured]]:
             groups.setdefault((each.source.layout, each.has(*ALONE)), []).append(each)
     found = []
     for (layout, alone), rows in groups.items():
-        reference = None
-        if work.context.reference is not None and not alone and is_like(rows[0], work.context.reference):
-            reference = checked_reference(work.context.reference)
+        start = work.context.start if not alone and is_like(rows[0], work.context.start) else None
         beside = [Beside(each.name, each.source, each.scalings) for each in rows if each.source is not None]
         pairs = pairs_in(layout, rows[0].modules, rows[0].scalings)
         with reading("auditing", lambda: work.context.budget.traffic.read):
-            found.append((rows, measure(beside, pairs, reference, work.context.budget)))
+            found.append((rows, measure(beside, pairs, start, work.context.budget)))
     return found
 
 
-def is_like(opened: Opened, reference: Path) -> bool:
+def is_like(opened: Opened, start: SafetensorsFile | None) -> bool:
     """Whether an adapter has the global adapter's layout."""
-    return opened.source is not None and opened.source.layout == open_reference(reference).layout
+    return start is not None and opened.source is not None and opened.source.layout == start.layout
 
 
-def checked_reference(path: Path) -> SafetensorsFile:
-    """The global adapter, whose values are numbers.
+def checked(path: Path | None) -> SafetensorsFile | None:
+    """The global adapter, whose values are numbers; None where there is none.
 
     Raises:
         InputError: if they are not.
     """
+    if path is None:
+        return None
     file = open_reference(path)
     for span in file.layout.spans(2**22):
         if not all_finite(file.load(span)):
@@ -135,7 +137,7 @@ def judge_alone(
     work: Work, opened: Opened, measured: Measured, row: int, bases: Mapping[str, float], *, is_update: bool
 ) -> None:
     """What an adapter's values say without the others."""
-    policy, source, reference = work.context.policy, opened.source, work.context.reference
+    policy, source = work.context.policy, opened.source
     assert source is not None
     file = ADAPTER_FILE if opened.subject.path.is_dir() else opened.subject.path.name
     factors = {name for pair in opened.modules.values() for name in pair}
@@ -147,7 +149,7 @@ def judge_alone(
     if opened.has("CF003"):  # the scaling of a module says why it is all of the update
         faults = [fault for fault in faults if fault.rule != "W008"]
     faults += too_long_for_base(measured, row, bases, policy.thresholds)
-    faults += check_rest(opened, reference if is_update else None, work.context.base, policy.thresholds)
+    faults += check_rest(opened, work.context.start if is_update else None, work.context.base, policy.thresholds)
     bank = work.context.bank
     if bank is not None and bank.is_update == is_update and not {"W009", "W014"} & {fault.rule for fault in faults}:
         faults += unlike_trusted(bank, measured, row, policy.thresholds)
@@ -165,7 +167,7 @@ def judge_together(work: Work, rows: list[Opened], measured: Measured, *, is_upd
     turned = None
     if work.context.history is not None:
         current = {each.name: each.subject.path for each in kept}
-        turned, notes = turns(work.context.history, current, work.context.reference, "256MiB")
+        turned, notes = turns(work.context.history, current, work.context.reference, work.context.budget.memory)
         work.notes += notes
     scores = scores_of(gram, measured.agreement[keep], mean_of(measured.measures["aligned"][keep]), turned)
     z = z_of(scores, thresholds.least_group)

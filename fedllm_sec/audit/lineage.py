@@ -8,7 +8,7 @@ from fedllm_sec.audit.header import Fault
 from fedllm_sec.audit.intake import Expected, Opened, add
 from fedllm_sec.audit.policy import Policy
 from fedllm_sec.audit.rest import same_as_base
-from fedllm_sec.audit.structure import differences, structure_of
+from fedllm_sec.audit.structure import differences
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.files import read_json
 from fedllm_sec.updates.smuggling import WHOLE_HEADS
@@ -27,18 +27,16 @@ def against_base(opened: Opened, base: Base | None, policy: Policy, expected: Ex
         first = next(iter(tokenizer))
         add(opened, policy, [Fault("FS014", "belongs to a tokenizer", None, sorted(tokenizer)[:20])], first)
     add(opened, policy, other_files(opened, base, policy), CLAIMS)
-    if base is not None and opened.has("KY001") and opened.source is not None:
-        strange = structure_of(list(opened.tensors), opened.config or {}).strange
-        if same_as_base(opened, strange, base):  # PEFT itself saves embeddings so: they are the base's own
-            opened.findings = [finding for finding in opened.findings if finding.rule.id != "KY001"]
+    suspect = base is not None and opened.has("KY001") and opened.source is not None
+    if base is not None and suspect and same_as_base(opened, opened.structure.strange, base):
+        opened.findings = [f for f in opened.findings if f.rule.id != "KY001"]  # PEFT saves the base's own
     if base is not None and expected is None and opened.config is not None and opened.tensors:
         shapes = base.shapes(opened.config)
         if isinstance(shapes, str):
             add(opened, policy, [Fault("SH002", f"does not fit the base: {shapes}")], ADAPTER_FILE)
             return
-        found = structure_of(list(opened.tensors), opened.config)
         fresh = {name for name in shapes if any(part in WHOLE_HEADS for part in name.split("."))}
-        ours = {name: shape for name, shape in opened.shapes.items() if name not in {*found.strange, *fresh}}
+        ours = {name: shape for name, shape in opened.shapes.items() if name not in {*opened.structure.strange, *fresh}}
         theirs = {name: shape for name, shape in shapes.items() if name not in fresh}
         faults = list(differences(ours, theirs, "the base"))
         if opened.has("KY002", "KY004", "KY005", "KY006", "KY008", "SH001", "SH003"):

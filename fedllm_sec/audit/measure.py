@@ -28,6 +28,7 @@ from fedllm_sec.updates.sources import SafetensorsFile
 from fedllm_sec.updates.update_set import gram_of_blocks
 
 MEASURES = ("norm", "top1", "rank", "kurtosis", "gauge", "moved", "aligned", "slack")
+TRIMMED = 4  # modules, after which freed memory is given back
 REST = "(saved whole)"  # the module of everything that is no product
 
 
@@ -121,7 +122,8 @@ class Pass:
             if column + 1 < len(self.pairs):
                 products.advise(self.pairs[column + 1])
             self.gram += self.of_pair(column, pair, products.groups(pair, self.budget))
-            give_back()
+            if column % TRIMMED == TRIMMED - 1:  # what is given back has to be asked for again, which takes time
+                give_back()
 
     def of_pair(self, column: int, pair: Pair, groups: Sequence[Sequence[int]]) -> Tensor:
         """(n, n) inner products of one module's updates; groups of adapters meet two by two where memory is short."""

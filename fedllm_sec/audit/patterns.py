@@ -1,14 +1,10 @@
-"""Texts from strangers: what should not be in them, and matching them in bounded time."""
+"""Texts and numbers from strangers: what should not be in them."""
 
-from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import regex
 
-SECONDS = 0.05  # for one match: a pattern of a stranger's may be made to take for ever
 LARGEST_NUMBER = 1e18  # of a configuration
-LONGEST = 2000  # characters of such a pattern
 
 SECRETS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
@@ -40,49 +36,3 @@ def hostile_template(text: str) -> str | None:
 def is_positive(value: Any) -> bool:
     """Whether it is a number above zero with which one can reckon."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LARGEST_NUMBER
-
-
-class TooSlowError(ValueError):
-    """A pattern took longer than any in good faith, or is none."""
-
-
-def matches(pattern: str, text: str) -> bool:
-    """Whether a stranger's regular expression matches the whole of a text.
-
-    Raises:
-        TooSlowError: if it is none, is too long, or is made to take for ever.
-    """
-    return matched(pattern, "", "", text)
-
-
-def matched(pattern: str, before: str, behind: str, text: str) -> bool:
-    """Whether a pattern between two pieces of one matches a text from its beginning to its end.
-
-    Raises:
-        TooSlowError: likewise.
-    """
-    if len(pattern) > LONGEST:
-        raise TooSlowError(f"a pattern of {len(pattern):,} characters")
-    try:
-        compiled(pattern)
-        whole = compiled(before + pattern + behind)
-        found = whole.match(text, timeout=SECONDS) if behind else whole.fullmatch(text, timeout=SECONDS)
-        return found is not None
-    except regex.error as error:
-        raise TooSlowError(f"{pattern[:60]!r} is no regular expression ({error})") from None
-    except TimeoutError:
-        raise TooSlowError(f"{pattern[:60]!r} takes more than {SECONDS} s for one name") from None
-
-
-@lru_cache(maxsize=8192)
-def compiled(pattern: str) -> Any:
-    """A compiled pattern; one that is none raises regex.error."""
-    return regex.compile(pattern)
-
-
-def matching(patterns: Iterable[str], module: str) -> str | None:
-    """The first key of rank_pattern or alpha_pattern that names a module, just as PEFT reads them.
-
-    PEFT puts the key between `(.*\\.)?(` and `)$`, which a key can break out of: `a)|(b`.
-    """
-    return next((pattern for pattern in patterns if matched(pattern, r"(.*\.)?(", ")$", module)), None)

@@ -19,7 +19,7 @@ def check_privacy(work: Work) -> None:
     if context.base is None or context.reference is None or not context.base.weights:
         raise InputError("what updates reveal is only told with --global and with --base FOLDER, weights included")
     for opened in work.opened:
-        if opened.source is None or opened.has(*ALONE) or (opened.findings and opened.has("SH002", "KY006", "KY007")):
+        if opened.source is None or opened.has(*ALONE, "SH002", "KY006", "KY007"):
             continue
         try:
             result = reconstruct_adapter(

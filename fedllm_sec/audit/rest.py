@@ -1,7 +1,6 @@
 """What an adapter holds besides factors: whole weights, biases, magnitudes; beside what they replace."""
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,18 +9,18 @@ from fedllm_sec.audit.base import Base, norm_of, spans_of
 from fedllm_sec.audit.header import Fault
 from fedllm_sec.audit.intake import Opened
 from fedllm_sec.audit.policy import Thresholds
-from fedllm_sec.updates.adapters import open_reference
 from fedllm_sec.updates.smuggling import PREFIX, WHOLE_HEADS, classify
 from fedllm_sec.updates.sources import SafetensorsFile
 
 FRESH = 10.0  # times as far as others may a head move that was drawn at random, and is trained from there
 
 
-def check_rest(opened: Opened, reference: Path | None, base: Base | None, thresholds: Thresholds) -> Iterator[Fault]:
+def check_rest(
+    opened: Opened, start: SafetensorsFile | None, base: Base | None, thresholds: Thresholds
+) -> Iterator[Fault]:
     """The tensor that moved farthest for its length, if it moved too far; beside the global adapter, or the base."""
     assert opened.source is not None
     factors = {name for pair in opened.modules.values() for name in pair}
-    start = open_reference(reference) if reference is not None else None
     worst: tuple[float, str, float] | None = None
     for name in sorted(opened.tensors.keys() - factors):
         known = start_of(opened, name, start, base)

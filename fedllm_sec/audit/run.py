@@ -13,7 +13,7 @@ from fedllm_sec.audit.bank import Bank
 from fedllm_sec.audit.base import Base
 from fedllm_sec.audit.findings import Audit, gravest_first, severity_named
 from fedllm_sec.audit.intake import expected_of, hashed, open_adapter
-from fedllm_sec.audit.judging import Context, Work, compare, measure_groups
+from fedllm_sec.audit.judging import Context, Work, checked, compare, measure_groups
 from fedllm_sec.audit.lineage import against_base
 from fedllm_sec.audit.policy import Policy
 from fedllm_sec.terminal import console
@@ -69,9 +69,11 @@ def audit_adapters(
         InputError: if what they are compared with cannot be read. What is wrong with the adapters is a finding.
     """
     began = time.perf_counter()
+    global_adapter = Path(reference) if reference is not None else None
     context = Context(
         policy or Policy(),
-        Path(reference) if reference is not None else None,
+        global_adapter,
+        checked(global_adapter),
         Base(Path(base)) if base is not None else None,
         bank_of(bank, trusted, reference, memory),
         Path(history) if history is not None else None,
@@ -113,7 +115,7 @@ def make_bank(
         InputError: if there are fewer than two, or one of them is not fit to be trusted.
     """
     start = Path(reference) if reference is not None else None
-    context = Context(Policy(), start, None, None, None, Budget.of(memory))
+    context = Context(Policy(), start, checked(start), None, None, None, Budget.of(memory))
     work = look_at_all([Path(path) for path in trusted], None, context)
     if bad := [f for each in work.opened for f in each.findings if f.severity >= severity_named("high")]:
         raise InputError(f"trusted adapter {bad[0].adapter}: {bad[0].message} ({bad[0].rule.id}); leave it out")
@@ -186,9 +188,7 @@ def adapters_in(paths: Sequence[Path]) -> list[Path]:
             found.append(path)
         else:
             inside = sorted(path.iterdir())
-            meant = [
-                each for each in inside if each.suffix == ".safetensors" or (each.is_dir() and looks_like_adapter(each))
-            ]
+            meant = [each for each in inside if each.suffix == ".safetensors" or looks_like_adapter(each)]
             for each in inside:
                 if each not in meant:
                     logger.warning("%s is no adapter, and was not audited", each)

@@ -1,13 +1,13 @@
 """The tensors of an adapter by their names and shapes alone: what they are, and whether they belong there."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedllm_sec.audit.header import Fault, TensorEntry
-from fedllm_sec.audit.patterns import TooSlowError, is_positive, matches, matching
+from fedllm_sec.audit.patterns import is_positive
+from fedllm_sec.updates.patterns import TooSlowError, matches, matching
 from fedllm_sec.updates.smuggling import PREFIX, WHOLE_HEADS, Kind, classify, is_bias_of
 
 EMBEDDINGS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "wte", "word_embeddings", "shared", "embeddings")
@@ -32,9 +32,9 @@ class Structure:
         biases: of the whole base, which the configuration declares.
     """
 
-    modules: Mapping[str, Module]
-    whole: tuple[str, ...]
-    strange: tuple[str, ...]
+    modules: Mapping[str, Module] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    strange: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
 
 
@@ -61,16 +61,16 @@ def structure_of(tensors: Sequence[str], config: Mapping[str, Any]) -> Structure
 
 
 def check_structure(
-    tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], *, known_whole: bool
+    found: Structure, tensors: Mapping[str, TensorEntry], config: Mapping[str, Any], *, known_whole: bool
 ) -> Iterator[Fault]:
     """Everything that names and shapes tell of one adapter by itself.
 
     Args:
+        found: what its tensors are.
         tensors: as the header has them.
         config: the adapter's own.
         known_whole: whether a global adapter says which modules are saved whole; then it is compared with that.
     """
-    found = structure_of(list(tensors), config)
     if found.strange:
         text = "is no part of a LoRA adapter: PEFT would load it over the base's weight of that name"
         yield Fault("KY001", text, found.strange[0], list(found.strange[:20]))
@@ -229,21 +229,6 @@ def rank_of(module: str, config: Mapping[str, Any]) -> int | None:
     pattern = matching(patterns, module)
     rank = config.get("r", 8) if pattern is None else patterns[pattern]
     return rank if isinstance(rank, int) and is_positive(rank) else None
-
-
-def scaling_of(module: str, rank: int, config: Mapping[str, Any]) -> float | None:
-    """What PEFT multiplies B A of a module by; None where the configuration does not say it in a way that can be read.
-
-    Raises:
-        TooSlowError: if a pattern cannot be matched.
-    """
-    patterns = config.get("alpha_pattern")
-    patterns = patterns if isinstance(patterns, dict) else {}
-    pattern = matching(patterns, module)
-    alpha = config.get("lora_alpha", 8) if pattern is None else patterns[pattern]
-    if not is_positive(alpha) or rank < 1:
-        return None
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def types(found: Structure, tensors: Mapping[str, TensorEntry]) -> Iterator[Fault]:

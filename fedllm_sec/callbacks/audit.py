@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedllm_sec.attacks.local import distance
 from fedllm_sec.audit import audit_adapters
+from fedllm_sec.audit.pickles import SUFFIXES
 from fedllm_sec.callbacks.base import OnWeights
 from fedllm_sec.callbacks.weights import Received, without_base
 from fedllm_sec.training.base_model import adapter_config
@@ -22,7 +23,6 @@ from fedllm_sec.updates.sources import SafetensorsFile, adapter_file, all_finite
 
 logger = logging.getLogger(__name__)
 
-PICKLES = (".bin", ".pkl", ".pickle", ".pt", ".pth", ".ckpt")
 WHILE_SAVING = {"inference_mode", "auto_mapping"}
 OF_TRAINER = ("training_args.bin", "optimizer.", "scheduler.pt", "scaler.pt", "rng_state", "global_step")  # to resume
 
@@ -94,7 +94,7 @@ def audit(
         config: the adapter's configuration, as the model has it.
         norm: the longest update that is in order.
     """
-    pickles = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in PICKLES)
+    pickles = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in SUFFIXES)
     found = [
         f"{name}: is a pickle, which runs code when it is read: do not send it"
         for name in pickles

@@ -13,6 +13,7 @@ from fedllm_sec.callbacks.base import OnWeights
 from fedllm_sec.callbacks.weights import Received, require_finite
 from fedllm_sec.training.base_model import adapter_config, files_of
 from fedllm_sec.updates.errors import InputError
+from fedllm_sec.updates.files import sha256_of_all
 
 PASSING = ("dtype", "torch_dtype", "use_cache", "transformers_version", "_name_or_path", "quantization_config")
 
@@ -115,15 +116,9 @@ def samples_of(loader: Any) -> int:
 def digest_of_files(model: Any) -> str | None:
     """SHA-256 of the names and bytes of a base's safetensors files; None where it was not loaded from any."""
     try:
-        found = sorted(files_of(model).glob("*.safetensors")) if model.config.name_or_path else []
+        return sha256_of_all(files_of(model).glob("*.safetensors")) if model.config.name_or_path else None
     except InputError:  # converted, or its files have gone
         return None
-    total = hashlib.sha256()
-    for path in found:
-        total.update(f"{path.name} ".encode())
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest() if found else None
 
 
 def digest_of_config(config: Any) -> str:

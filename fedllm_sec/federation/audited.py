@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from fedllm_sec.audit import Audit, Policy, audit_adapters
-from fedllm_sec.audit.folder import digest
 from fedllm_sec.audit.output.as_json import audit_json
 from fedllm_sec.audit.output.markdown import card_section
 from fedllm_sec.updates.adapters import adapter_config
 from fedllm_sec.updates.errors import InputError
-from fedllm_sec.updates.files import write_json, write_text
+from fedllm_sec.updates.files import sha256, write_json, write_text
 from fedllm_sec.updates.sources import adapter_file
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class Audited(NamedTuple):
             InputError: if a file has changed since.
         """
         for client, before in zip(self.clients, self.sha256, strict=True):
-            if digest(adapter_file(client)) != before:
+            if sha256(adapter_file(client)) != before:
                 raise InputError(f"{client}: was changed after it had been audited; start again")
 
     def summary(self) -> dict[str, Any]:

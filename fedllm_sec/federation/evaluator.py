@@ -1,6 +1,5 @@
 """Evaluate a global adapter on the server's test set, all processes together."""
 
-import hashlib
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from fedllm_sec.tasks.forms import Form
 from fedllm_sec.tasks.task import Example
 from fedllm_sec.training.base_model import BaseModel
 from fedllm_sec.training.sharded import for_inference
+from fedllm_sec.updates.files import sha256
 from fedllm_sec.updates.sources import adapter_file
 
 
@@ -50,7 +50,7 @@ class Evaluator:
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """The metrics of an adapter folder, the same on every process."""
-        digest = hashlib.sha256(adapter_file(folder).read_bytes()).hexdigest()
+        digest = sha256(adapter_file(folder))
         if digest not in self.known:
             self.known[digest] = self.evaluate(folder)
         return dict(self.known[digest])

@@ -1,9 +1,10 @@
 """Files that exist whole or not at all: a temporary name, fsync, rename."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,21 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({type(error).__name__}: {str(error)[:200]})") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str | None:
+    """One SHA-256 of the names and bytes of some files, in order of their names; None of none."""
+    total, found = hashlib.sha256(), sorted(paths)
+    for path in found:
+        total.update(f"{path.name} ".encode())
+        total.update(bytes.fromhex(sha256(path)))
+    return total.hexdigest() if found else None
 
 
 def delete_partials(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""How much memory this process ever took."""
+"""The memory of this process: how much it ever took, and giving back what it no longer needs."""
 
 import ctypes
 import re

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedllm_sec.updates.errors import InputError
 from fedllm_sec.updates.layout import Layout, Pair
+from fedllm_sec.updates.patterns import matching
 
 FACTOR = re.compile(r"\.lora_(embedding_)?A(?=\.|$)(?!\.bias$)")
 
@@ -70,9 +71,9 @@ def scaling(config: Mapping[str, Any] | None, factor: str, rank: int) -> float:
     module = re.sub(r"^base_model\.model\.", "", FACTOR.split(factor)[0])
     try:
         patterns = dict(config.get("alpha_pattern") or {})
-        matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-        alpha = float(next(matching, config.get("lora_alpha", rank)))
-    except (TypeError, ValueError, re.error) as error:
+        key = matching(patterns, module)
+        alpha = float(config.get("lora_alpha", rank) if key is None else patterns[key])
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"adapter_config.json: lora_alpha and alpha_pattern cannot be read ({error})") from None
     if not (alpha != 0 and math.isfinite(alpha)):
         raise InputError(f"adapter_config.json: with lora_alpha={alpha:g} for {module} every product is the same")

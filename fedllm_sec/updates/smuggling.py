@@ -68,7 +68,7 @@ def smuggled(names: Iterable[str], config: Mapping[str, Any] | None) -> list[str
             whole; None: it has none.
     """
     every = sorted(names)
-    if not any(".lora_" in name for name in every):
+    if not any(".lora_" in name or name.startswith(PREFIX) for name in every):
         return []  # a whole model's, or what is not LoRA: there is nothing that it could be smuggled into
     declared = (config or {}).get("modules_to_save")
     saved = [*WHOLE_HEADS, *(declared if isinstance(declared, list) else [])]

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -189,3 +190,20 @@ def test_smuggled_weights_are_refused_at_every_intake(tmp_path):
     for how in ({}, {"reference": server}, {"space": "product"}, {"space": "product", "reference": server}):
         with pytest.raises(InputError, match=r"embed_out\.weight.*PEFT would load it over"):
             open_updates([evil], **how)
+
+
+def test_an_adapter_of_nothing_but_base_weights_is_refused_too(tmp_path):
+    from fedllm_sec.updates import open_updates
+
+    evil = write(tmp_path / "evil", {"base_model.model.gpt_neox.final_layer_norm.weight": torch.ones(4)})
+    with pytest.raises(InputError, match=r"final_layer_norm\.weight.*PEFT would load it over"):
+        open_updates([evil])
+
+
+@pytest.mark.parametrize("pattern", ["x?" * 5000, "a)|(b", "("])
+def test_a_clients_pattern_cannot_hold_up_the_gate_either(tmp_path, pattern):
+    from fedllm_sec.updates import open_updates
+
+    client = write(tmp_path / "client", settings=corpus.config(alpha_pattern={pattern: 8}))
+    with pytest.raises(InputError, match="alpha_pattern cannot be read"):
+        open_updates([client], space="product")

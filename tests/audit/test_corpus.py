@@ -10,7 +10,6 @@ from fedllm_sec.audit import RULES, Policy, audit_adapters, make_bank
 from fedllm_sec.updates.errors import InputError
 from tests.audit import corpus
 from tests.audit.corpus import (
-    CONFIG,
     WEIGHTS,
     A,
     B,
@@ -258,4 +257,3 @@ def test_the_corpus_is_large_enough():
     beside = {"P001", "P002", "P003", "P004", "P005", "P006", "P007", "P008", "P009", "W007"}
     elsewhere = {"FS021", "W005", "B001", "B002", "R001"}  # those need a base: test_base.py
     assert rules | beside | elsewhere == RULES.keys()
-    assert CONFIG

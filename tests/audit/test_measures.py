@@ -9,7 +9,7 @@ from scipy.optimize import minimize
 from fedllm_sec.audit import audit_adapters
 from fedllm_sec.audit.peers import copies, outliers, robust_z, scores_of, z_of
 from fedllm_sec.audit.policy import Thresholds
-from tests.audit.corpus import LAYERS, RANK, TARGETS, WIDTH, config, name_of, state, write
+from tests.audit.corpus import LAYERS, RANK, TARGETS, config, name_of, state, write
 
 SCALING = {"plain": 8 / RANK, "rslora": 8 / RANK**0.5}
 
@@ -156,4 +156,3 @@ def test_memory_does_not_change_what_is_found(tmp_path):
     assert little.gram == pytest.approx(much.gram, rel=1e-9)
     for name, values in much.measures.items():
         assert little.measures[name] == pytest.approx(values, rel=1e-9, nan_ok=True)
-    assert WIDTH
