@@ -31,6 +31,7 @@ def check_privacy(work: Work) -> None:
         found = result.found
         assert isinstance(found, RevealedText)
         if found.certain and len(found.tokens) >= context.policy.thresholds.revealed:
-            text = f"reveals {len(found.tokens)} of the words that it was trained on, for certain ({found.why})"
+            text = f"reveals {len(found.tokens)} distinct tokens that it was trained on, for certain: {found.why}"
+            text = f"{text} (certificate {found.certificate:.4f})"
             measured, least = len(found.tokens), context.policy.thresholds.revealed
             add(opened, context.policy, [Fault("R001", text, None, measured, least)], ADAPTER_FILE)

@@ -196,6 +196,7 @@ def test_what_an_update_reveals_is_counted_and_not_told(tmp_path):
     audit = audit_adapters([sent.client], reference=sent.reference, base=sent.base, privacy=True)
     (finding,) = [f for f in audit.findings if f.rule.id == "R001"]
     assert finding.measured == len(sent.tokens)
+    assert "certificate 1.0000" in finding.message
     assert "1900" not in finding.message
     assert audit.exit_code == 0
     with pytest.raises(InputError, match="--base"):
